@@ -78,7 +78,7 @@ def defaults():
     return dict(
         model=str(BASE), data=str(folder / "train.jsonl"), eval_data=str(folder / "held_out.jsonl"),
         max_prompt_tokens=16, max_response_tokens=112, prompts_per_step=32, steps=80,
-        lr=4e-4, warmup_steps=5, tokens_per_microbatch=8192, gradient_checkpointing=False,
+        lr=4e-4, warmup_steps=5, tokens_per_microbatch=2048, gradient_checkpointing=False,
     )
 
 
