@@ -135,7 +135,7 @@ class Policy(torch.nn.Module):
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)  # Gemma 2
 
     def forward(self, ids, response, with_entropy=False):
-        """Log-probabilities (n,) float32 of the n tokens marked in `response`, row by row, and their entropy or None.
+        """Log-probabilities (n,), float32 or wider, of the n tokens marked in `response`, row by row, and their entropy or None.
 
         ids (B, T) int64, padded on the right; under causal attention no real token sees the padding, so there is no
         attention mask. response (B, T) bool, never True in column 0.
@@ -149,7 +149,8 @@ class Policy(torch.nn.Module):
 
     def head(self, hidden, targets, with_entropy):
         """(c, D) states and (c,) token ids to (c,) log-probabilities and entropies; recomputed in the backward pass."""
-        logits = self.lm.get_output_embeddings()(hidden).float()  # (c, V)
+        logits = self.lm.get_output_embeddings()(hidden)  # (c, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         logits = logits / self.temperature
