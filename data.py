@@ -101,8 +101,8 @@ def load_config_and_tokenizer(model, rope_theta=None, max_position_embeddings=No
     try:
         config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: --model {model}: neither a Hugging Face model directory nor a model that the hub "
-                         f"gives: {str(error).splitlines()[0]}") from error
+        raise SystemExit(f"error: --model {model}: neither a Hugging Face model directory here nor a model that the "
+                         f"hub gives: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise SystemExit(f"error: --model {model}: its tokenizer has no end-of-sequence token")
     return override(config, rope_theta, max_position_embeddings), tokenizer
@@ -141,7 +141,7 @@ def render(problem, tokenizer, template="chat", system=SYSTEM):
     problem's own), or "plain", the form that the paper uses for Llama-3.1-8B.
     """
     if template == "plain":
-        return PLAIN.format(prompt=problem["prompt"])
+        return PLAIN.replace("{prompt}", problem["prompt"])
     if not tokenizer.chat_template:
         raise SystemExit("error: this model's tokenizer has no chat template: use --template plain")
     system = problem.get("system", "") if system == "data" else system

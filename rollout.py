@@ -92,9 +92,12 @@ def build(model, config_overrides=None, *, max_tokens, tensor_parallel=1, temper
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     import torch
+    import torch._dynamo
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        torch._dynamo.config.disable = True  # it would compile one small kernel for 10 s, and ask for a C++ compiler
     from vllm import LLM
 
-    gpu = torch.cuda.is_available()
     return LLM(
         model,
         hf_overrides=config_overrides,
@@ -136,7 +139,13 @@ def generate(llm, prompts, seeds, *, n, max_response_tokens, temperature=1.0, to
 
 
 def load(llm, named_tensors):
-    """Replace the engine's weights by (Hugging Face name, full tensor) pairs, an iterable consumed one by one."""
+    """Replace the engine's weights by (Hugging Face name, full tensor) pairs, an iterable consumed one by one.
+
+    Tied embeddings must come under both names: an engine that has an output layer of its own (a CPU build keeps it
+    repacked) would go on with the old one. Engines without one (Gemma 2) are not given it.
+    """
+    has_head = llm.apply_model(lambda model: hasattr(model, "lm_head"))[0]
+    named_tensors = ((name, tensor) for name, tensor in named_tensors if has_head or name != "lm_head.weight")
     if llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
         llm.wake_up(["weights"])
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})

@@ -9,7 +9,7 @@ The base has read such sums with the written column totals often wrong (WRONG, b
 the rule but speaks it unreliably, so its sampled accuracy falls from about 90% at level 1 to
 about 1% at level 6, and a random guess of the answer never succeeds.
 
-    python toy.py              make the base again, into toy_base/ (about 4 minutes on two cores)
+    python toy.py              make the base again, into toy_base/ (about 7 minutes on two cores)
 
 `train_hpt.py` knows nothing of this file but `defaults()`, which it asks for when --model is absent.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BASE = HERE / "toy_base"  # shipped: 0.6 M parameters in bfloat16
 LEVELS = range(1, 7)
-WRONG = (0.15, 0.45, 0.65, 0.65, 0.65, 0.65)  # chance that the base's corpus has column i wrong
+WRONG = (0.15, 0.45, 0.62, 0.62, 0.62, 0.62)  # chance that the base's corpus has column i wrong
 HELD_OUT_PER_LEVEL, TRAIN_PER_LEVEL = 32, 500  # level 1 has only 81 sums: it keeps the 49 left
 
 
@@ -78,7 +78,7 @@ def defaults():
     return dict(
         model=str(BASE), data=str(folder / "train.jsonl"), eval_data=str(folder / "held_out.jsonl"),
         max_prompt_tokens=16, max_response_tokens=112, prompts_per_step=32, steps=80,
-        lr=4e-4, warmup_steps=5, tokens_per_microbatch=2048, gradient_checkpointing=False,
+        lr=1e-4, warmup_steps=5, tokens_per_microbatch=2048, gradient_checkpointing=False,
     )
 
 
@@ -96,7 +96,7 @@ def tokenizer():
     return made
 
 
-def make_base(folder, batches=700, batch_size=64, lr=2e-3, seed=0):
+def make_base(folder, batches=2000, batch_size=64, lr=2e-3, seed=0):
     """Train the base on corrupted sums and save it as a Hugging Face directory in bfloat16."""
     import torch
     from tqdm import trange

@@ -178,7 +178,7 @@ def build_policy(args, config, device):
 def full_weights(policy, dtype):
     """(Hugging Face name, full tensor) pairs, gathered from the shards one at a time; every rank must consume them.
 
-    Tied weights come under both names: without "lm_head.weight", vLLM on a CPU keeps the old output layer.
+    Tied weights come under each of their names, as rollout.load wants them.
     """
     for name, parameter in policy.lm.named_parameters(remove_duplicate=False):
         yield name, parameter.detach().full_tensor().to(dtype)
