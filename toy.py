@@ -5,11 +5,12 @@ column by column from the right, digit + digit + carry, and ends in the boxed an
 
     47+85  ->  7+5+0=12;4+8+1=13;\\boxed{132}
 
-The base has read such sums first right and then with the written column totals often wrong (WRONG, by
-column): it knows the rule but speaks it unreliably, so its sampled accuracy falls from about 90% at
-level 1 to nearly nothing at level 6, and a guess of the answer never succeeds.
+The base has read such sums with the written column totals often wrong (WRONG, by column): it knows
+the rule but speaks it unreliably, so its sampled accuracy falls from about 80% at level 1 to about
+1% at level 6, and a guess of the answer never succeeds. The training set holds more of the hard
+levels than of the easy ones, the held-out set equally many of each.
 
-    python toy.py              make the base again, into toy_base/ (about 5 minutes on two cores)
+    python toy.py              make the base again, into toy_base/ (about 7 minutes on two cores)
 
 `train_hpt.py` knows nothing of this file but `defaults()`, which it asks for when --model is absent.
 """
@@ -21,8 +22,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BASE = HERE / "toy_base"  # shipped: 0.6 M parameters in bfloat16
 LEVELS = range(1, 7)
-WRONG = (0.12, 0.50, 0.72, 0.72, 0.72, 0.72)  # chance that the base's corpus has column i wrong
-HELD_OUT_PER_LEVEL, TRAIN_PER_LEVEL = 32, 500  # level 1 has only 81 sums: it keeps the 49 left
+WRONG = (0.15, 0.45, 0.62, 0.62, 0.62, 0.62)  # chance that the base's corpus has column i wrong
+HELD_OUT = 32  # problems of each level
+TRAIN = (49, 150, 300, 500, 500, 500)  # problems by level; of one-digit numbers there are only 81 sums
 
 
 def solve(a, b, wrong=None):
@@ -48,21 +50,18 @@ def draw(rng, level):
 
 
 def problems(seed=0):
-    """(train, held out): disjoint lists of {prompt, answer, demonstration, level}, levels equal in
-    number where there are enough sums (duplicates fill up level 1 of the training set)."""
+    """(train, held out): disjoint lists of {prompt, answer, demonstration, level}."""
     rng, train, held_out = random.Random(f"toy problems {seed}"), [], []
-    for level in LEVELS:
-        pairs = set()
-        while len(pairs) < min(TRAIN_PER_LEVEL + HELD_OUT_PER_LEVEL, 81 if level == 1 else 10**9):
-            pairs.add(draw(rng, level))
-        pairs = rng.sample(sorted(pairs), len(pairs))
+    for level, count in zip(LEVELS, TRAIN):
+        pairs = {}  # a dict keeps the order in which they were drawn
+        while len(pairs) < HELD_OUT + count:
+            pairs[draw(rng, level)] = None
         rows = []
         for a, b in pairs:
             demonstration, answer = solve(a, b)
             rows.append({"prompt": f"{a}+{b}", "answer": answer, "demonstration": demonstration, "level": level})
-        held_out += rows[:HELD_OUT_PER_LEVEL]
-        rest = rows[HELD_OUT_PER_LEVEL:]
-        train += [rest[i % len(rest)] for i in range(TRAIN_PER_LEVEL)]
+        held_out += rows[:HELD_OUT]
+        train += rows[HELD_OUT:]
     return train, held_out
 
 
@@ -77,7 +76,7 @@ def defaults():
         unfinished.replace(folder / f"{name}.jsonl")
     return dict(
         model=str(BASE), data=str(folder / "train.jsonl"), eval_data=str(folder / "held_out.jsonl"),
-        max_prompt_tokens=16, max_response_tokens=112, prompts_per_step=32, steps=80,
+        max_prompt_tokens=16, max_response_tokens=112, prompts_per_step=32, steps=60, eval_every=10,
         lr=1e-4, warmup_steps=5, tokens_per_microbatch=2048, gradient_checkpointing=False,
     )
 
@@ -96,8 +95,8 @@ def tokenizer():
     return made
 
 
-def make_base(folder, clean=600, corrupted=900, batch_size=64, lr=2e-3, seed=0):
-    """Train the base, first on right sums, then on corrupted ones; save a Hugging Face directory in bfloat16."""
+def make_base(folder, batches=2000, batch_size=64, lr=2e-3, seed=0):
+    """Train the base on corrupted sums and save it as a Hugging Face directory in bfloat16."""
     import torch
     from tqdm import trange
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -109,15 +108,14 @@ def make_base(folder, clean=600, corrupted=900, batch_size=64, lr=2e-3, seed=0):
         num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=clean + corrupted, pct_start=0.05)
-    bar = trange(clean + corrupted, desc="toy base", mininterval=1)
-    for batch in bar:
-        wrong = (rng, WRONG) if batch >= clean else None
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=batches, pct_start=0.05)
+    bar = trange(batches, desc="toy base", mininterval=1)
+    for _ in bar:
         rows, starts = [], []
         for _ in range(batch_size):
             a, b = draw(rng, rng.choice(LEVELS))
             prompt = tok.encode(f"{a}+{b}\n")
-            rows.append(prompt + tok.encode(solve(a, b, wrong)[0]) + [tok.eos_token_id])
+            rows.append(prompt + tok.encode(solve(a, b, (rng, WRONG))[0]) + [tok.eos_token_id])
             starts.append(len(prompt))
         ids = torch.full((batch_size, max(map(len, rows))), tok.pad_token_id)  # (B, T)
         labels = torch.full_like(ids, -100)

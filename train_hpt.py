@@ -388,18 +388,19 @@ def main(args):
         def score(share):  # of (response, answer) pairs
             return verifier.score([text for text, _ in share], [answer for _, answer in share])
 
-        def sync_and_evaluate(step, due):
+        def sync():
             rollout.load(llm, full_weights(policy, torch.bfloat16 if gpu else torch.float32))
-            if not (held_out and due):
-                return None
+
+        def measure_held_out():
             results = evaluate.measure(llm, verifier, held_out, samples=args.eval_samples, seed=args.seed,
                                        max_response_tokens=args.max_response_tokens, temperature=args.temperature,
                                        tensor_parallel=args.tensor_parallel, progress="held-out problems" if chief else None)
-            scores = {f"eval/{name}": mean for name, (mean, _) in evaluate.summary(results, args.eval_samples).items()}
-            log(out, {"step": step} | scores)
-            return results
+            return results, {f"eval/{name}": mean for name, (mean, _) in evaluate.summary(results, args.eval_samples).items()}
 
-        before = after = sync_and_evaluate(0, due=True)
+        sync()
+        if held_out:
+            before, scores = measure_held_out()
+            log(out, {"step": 0} | scores)
         offline_ratios, updates = [], 0
 
         for step in range(1, args.steps + 1):
@@ -445,18 +446,21 @@ def main(args):
             times["train"] = lap()
 
             # 5. The sampler takes the new weights; metrics, checkpoint.
-            last = step == args.steps
-            after = sync_and_evaluate(step, due=last or args.eval_every and step % args.eval_every == 0) or after
+            sync()
             times["sync"] = lap()
             metrics = step_metrics(args, step, rolled, rewards, beta, reduced(totals), grad_norms, times, policy)
-            log(out, metrics, console=True)
+            last = step == args.steps
+            if held_out and (last or args.eval_every and step % args.eval_every == 0):
+                after, scores = measure_held_out()
+                metrics |= scores
+            log(out, metrics)
             log_samples(out, step, prompts, rolled, rewards, beta)
             offline_ratios.append(metrics["hpt/offline_ratio"])
             if last or args.save_every and step % args.save_every == 0:
                 save(policy, tokenizer, out / ("final" if last else f"step_{step:06d}"), device)
         rollout.close(llm)
     if chief:
-        report(args, out, before, after, offline_ratios)
+        report(args, out, (before, after) if held_out else None, offline_ratios)
 
 
 # ---------------------------------------------------------------------------------------------------------- the rest
@@ -577,20 +581,18 @@ the first problem, as the model sees it, and its demonstration:
 """, flush=True)
 
 
-def log(out, metrics, console=False):
-    """Append a line to metrics.jsonl and, for a person, print the few that one watches."""
-    if dist.get_rank() != 0:
-        return
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    if console:
-        shown = {"reward/mean": "reward", "hpt/sft_frac": "gated", "hpt/offline_ratio": "offline", "sft/nll": "nll",
-                 "response_length/mean": "length", "policy/entropy": "entropy", "mismatch/kl": "mismatch",
-                 "optim/grad_norm": "grad", "time/step": "sec"}
-        tqdm.write(f"step {metrics['step']:>4}  " + "  ".join(
-            f"{label} {metrics[name]:.3g}" for name, label in shown.items() if metrics.get(name) is not None))
-    elif len(metrics) > 1:
-        tqdm.write(f"step {metrics['step']:>4}  held out: " + "  ".join(f"{k[5:]} {v:.3f}" for k, v in metrics.items() if k != "step"))
+WATCHED = {"reward/mean": "reward", "hpt/sft_frac": "gated", "hpt/offline_ratio": "offline", "sft/nll": "nll",
+           "response_length/mean": "length", "policy/entropy": "entropy", "mismatch/kl": "mismatch", "optim/grad_norm": "grad",
+           "time/step": "sec", "eval/pass@1": "HELD-OUT ACCURACY"}
+
+
+def log(out, metrics):
+    """Append a line to metrics.jsonl and, for a person, print the few numbers that one watches."""
+    if dist.get_rank() == 0:
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        shown = [f"{label} {metrics[name]:.3g}" for name, label in WATCHED.items() if metrics.get(name) is not None]
+        print(f"step {metrics['step']:>4}  " + "  ".join(shown), flush=True)
 
 
 def log_samples(out, step, prompts, rolled, rewards, beta, count=3):
@@ -604,13 +606,13 @@ def log_samples(out, step, prompts, rolled, rewards, beta, count=3):
                                    "trained_on": "demonstration" if gated else "rollouts"}) + "\n")
 
 
-def report(args, out, before, after, offline_ratios):
-    """The closing table and the paths of what was written."""
-    if before:
+def report(args, out, held_out, offline_ratios):
+    """The closing table, from the held-out results before and after, and the paths of what was written."""
+    if held_out:
         print(f"\nheld-out accuracy, %, mean of {args.eval_samples} samples at temperature {args.temperature:g}, "
               "+- one standard error over problems")
         print(f"{'level':>8} {'problems':>9} {'before':>14} {'after':>14}")
-        for (level, was), (_, now) in zip(evaluate.by_level(before).items(), evaluate.by_level(after).items()):
+        for (level, was), (_, now) in zip(*(evaluate.by_level(results).items() for results in held_out)):
             cells = [evaluate.mean_and_error([r["correct"] / args.eval_samples for r in part]) for part in (was, now)]
             print(f"{level!s:>8} {len(was):>9} " + " ".join(f"{100 * mean:>7.1f} +-{100 * error:4.1f}" for mean, error in cells))
     few = max(1, min(5, len(offline_ratios)))
