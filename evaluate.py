@@ -5,7 +5,7 @@
 """
 import argparse
 import math
-import os
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import upge
-from upge import METHODS, TABLE, Tokens, clip_mask, gae, hpt_gate, upge_loss
+from upge import METHODS, TABLE, clip_mask, gae, hpt_gate, upge_loss
 
 N, G, T, L_MAX, g = 3, 4, 9, 16, 0.1  # prompts, rollouts of each, longest, constant, LUFFY's g
 B = N * G

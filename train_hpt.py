@@ -8,16 +8,12 @@
 Defaults are the paper's. `main` reads as the algorithm; the mathematics is in upge.py.
 """
 import argparse
-import json
 import math
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 PAPER_DATA = "Elliott/Openr1-Math-46k-8192"
-PEAK_BF16 = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}  # dense FLOP/s, data sheets
 
 
 def parse_args(argv=None):
@@ -106,8 +102,6 @@ if __name__ == "__main__":
 import collections
 import functools
 import random
-import statistics
-from importlib import metadata
 from typing import NamedTuple
 
 import torch
@@ -118,7 +112,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
-import plot
+import report
 import reward
 import rollout
 from upge import METHODS, TABLE, hpt_gate, upge_loss
@@ -366,7 +360,7 @@ def main(args):
         rank, world = rollout.init_process_group()
         if world % args.tensor_parallel:
             raise SystemExit(f"error: --tensor-parallel {args.tensor_parallel} does not divide the {world} ranks")
-        out, chief = open_output(args), rank == 0
+        out, chief = report.open_output(args), rank == 0
         gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         override = functools.partial(data.override, rope_theta=args.rope_theta,
@@ -378,7 +372,7 @@ def main(args):
         policy = build_policy(args, config, device)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
         if chief:
-            print_plan(args, out, policy, tokenizer, problems, left_out, held_out)
+            report.print_plan(args, out, policy, tokenizer, problems, left_out, held_out)
 
         def sample(share):  # of (prompt ids, seed) pairs
             return rollout.generate(llm, [ids for ids, _ in share], [seed for _, seed in share], n=args.samples_per_prompt,
@@ -400,7 +394,7 @@ def main(args):
         sync()
         if held_out:
             before, scores = measure_held_out()
-            log(out, {"step": 0} | scores)
+            report.log(out, {"step": 0} | scores)
         offline_ratios, updates = [], 0
 
         for step in range(1, args.steps + 1):
@@ -448,19 +442,19 @@ def main(args):
             # 5. The sampler takes the new weights; metrics, checkpoint.
             sync()
             times["sync"] = lap()
-            metrics = step_metrics(args, step, rolled, rewards, beta, reduced(totals), grad_norms, times, policy)
+            metrics = report.step_metrics(args, step, rolled, rewards, beta, reduced(totals), grad_norms, times, policy)
             last = step == args.steps
             if held_out and (last or args.eval_every and step % args.eval_every == 0):
                 after, scores = measure_held_out()
                 metrics |= scores
-            log(out, metrics)
-            log_samples(out, step, prompts, rolled, rewards, beta)
+            report.log(out, metrics)
+            report.log_samples(out, step, prompts, rolled, rewards, beta)
             offline_ratios.append(metrics["hpt/offline_ratio"])
             if last or args.save_every and step % args.save_every == 0:
                 save(policy, tokenizer, out / ("final" if last else f"step_{step:06d}"), device)
         rollout.close(llm)
     if chief:
-        report(args, out, (before, after) if held_out else None, offline_ratios)
+        report.closing_table(args, out, (before, after) if held_out else None, offline_ratios)
 
 
 # ---------------------------------------------------------------------------------------------------------- the rest
@@ -509,119 +503,6 @@ def reduced(totals):
     dist.all_gather_object(everyone, dict(totals))
     join = lambda key: max if key.endswith("_max") else sum
     return collections.defaultdict(float, {k: join(k)(t.get(k, 0.0) for t in everyone) for t in everyone for k in t})
-
-
-def step_metrics(args, step, rolled, rewards, beta, totals, grad_norms, times, policy):
-    """One flat dict a step; the README says what each name means."""
-    n, gated = args.samples_per_prompt, sum(beta)
-    responses = [r for rs in rolled for r in rs]
-    metrics = {"step": step, "hpt/sft_frac": gated / len(beta), "hpt/offline_ratio": gated / (n * (len(beta) - gated) + gated)}
-    if responses:
-        flat, lengths = [r for rs in rewards for r in rs], [len(r.ids) for r in responses]
-        metrics |= {
-            "reward/mean": statistics.fmean(flat), "reward/std": statistics.pstdev(flat), "reward/timeouts": totals["timeouts"],
-            "reward/frac_zero_std": statistics.fmean(len(set(rs)) == 1 for rs in rewards),
-            "hpt/solve_rate": statistics.fmean(max(rs) > 0 for rs in rewards),
-            "response_length/mean": statistics.fmean(lengths), "response_length/max": max(lengths),
-            "response_length/clip_ratio": statistics.fmean(r.truncated for r in responses),
-            "policy/entropy": -sum(sum(r.logp) for r in responses) / sum(lengths),
-            "perf/rollout_tokens_per_sec": sum(lengths) / times["rollout"],
-        }
-    if totals["rl_tokens"]:
-        metrics |= {"mismatch/kl": totals["mismatch_kl"] / totals["old_tokens"], "mismatch/logp_max": totals["mismatch_max"],
-                    "policy/clip_frac": totals["clipped"] / totals["rl_tokens"],
-                    "policy/approx_kl": totals["kl"] / totals["rl_tokens"], "loss/rl": totals["rl_loss"]}
-    if totals["demonstrations"]:
-        metrics["sft/nll"] = totals["nll"] / totals["demonstrations"]
-    finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    metrics |= {"optim/grad_norm": statistics.fmean(finite) if finite else None, "optim/skipped": len(grad_norms) - len(finite),
-                "optim/lr": args.lr * min(1.0, step * args.minibatches_per_step / max(1, args.warmup_steps)),
-                "perf/train_tokens_per_sec": totals["tokens"] / times["train"],
-                "perf/padding_frac": 1 - totals["tokens"] / totals["padded"]}
-    if torch.cuda.is_available():
-        metrics["perf/max_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        name = torch.cuda.get_device_name()
-        peak = next((flops for gpu, flops in PEAK_BF16.items() if gpu in name), None)
-        if peak:  # 6 floating-point operations a parameter and token; recomputation is not useful work
-            flops = 6 * sum(p.numel() for p in policy.parameters()) * totals["tokens"]
-            metrics["perf/mfu"] = flops / times["train"] / peak / dist.get_world_size()
-    return metrics | {f"time/{name}": seconds for name, seconds in times.items()} | {"time/step": sum(times.values())}
-
-
-def open_output(args):
-    """Make the run's directory, with config.json in it, on rank 0; return its path on every rank."""
-    name = [None]
-    if dist.get_rank() == 0:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name[0] = args.out or f"runs/{args.method}-{Path(args.model).name}-seed{args.seed}-{stamp}"
-        Path(name[0]).mkdir(parents=True)
-        here = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-        versions = {"python": sys.version.split()[0], "vllm": rollout.VLLM_VERSION}
-        versions |= {package: metadata.version(package) for package in ("torch", "transformers", "math-verify", "numpy")}
-        config = {"flags": vars(args), "ranks": dist.get_world_size(), "versions": versions, "commit": commit or None}
-        (Path(name[0]) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    dist.broadcast_object_list(name)
-    return Path(name[0])
-
-
-def print_plan(args, out, policy, tokenizer, problems, left_out, held_out):
-    """What is about to happen, before the first step."""
-    world, n = dist.get_world_size(), sum(p.numel() for p in policy.parameters())
-    first = problems[0]
-    print(f"""
-{args.method} on {args.model}: {n / 1e6:,.1f} M parameters, {world} rank{'s' * (world > 1)}; weights, gradients and Adam's moments {16 * n / world / 1e9:.2f} GB a rank
-{len(problems)} problems from {args.data} ({left_out}); {len(held_out)} held out
-{args.steps} steps of {args.prompts_per_step} prompts x {args.samples_per_prompt if METHODS[args.method][0] else 0} rollouts, {args.minibatches_per_step} optimizer steps each; micro-batches of {args.tokens_per_microbatch} tokens a rank
-writing to {out}
-
-the first problem, as the model sees it, and its demonstration:
-{tokenizer.decode(first['prompt_ids'])!r}
-{tokenizer.decode(first.get('demo_ids', []))[:600]!r}
-""", flush=True)
-
-
-WATCHED = {"reward/mean": "reward", "hpt/sft_frac": "gated", "hpt/offline_ratio": "offline", "sft/nll": "nll",
-           "response_length/mean": "length", "policy/entropy": "entropy", "mismatch/kl": "mismatch", "optim/grad_norm": "grad",
-           "time/step": "sec", "eval/pass@1": "HELD-OUT ACCURACY"}
-
-
-def log(out, metrics):
-    """Append a line to metrics.jsonl and, for a person, print the few numbers that one watches."""
-    if dist.get_rank() == 0:
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        shown = [f"{label} {metrics[name]:.3g}" for name, label in WATCHED.items() if metrics.get(name) is not None]
-        print(f"step {metrics['step']:>4}  " + "  ".join(shown), flush=True)
-
-
-def log_samples(out, step, prompts, rolled, rewards, beta, count=3):
-    """Append the first rollout of a few prompts to samples.jsonl, with reward, P and what the gate chose."""
-    if dist.get_rank() != 0:
-        return
-    with open(out / "samples.jsonl", "a") as file:
-        for problem, rs, scores, gated in list(zip(prompts, rolled, rewards, beta))[:count]:
-            shown = {"response": rs[0].text, "reward": scores[0], "P": statistics.fmean(scores)} if rs else {}
-            file.write(json.dumps({"step": step, "prompt": problem["prompt"], "answer": problem["answer"], **shown,
-                                   "trained_on": "demonstration" if gated else "rollouts"}) + "\n")
-
-
-def report(args, out, held_out, offline_ratios):
-    """The closing table, from the held-out results before and after, and the paths of what was written."""
-    if held_out:
-        print(f"\nheld-out accuracy, %, mean of {args.eval_samples} samples at temperature {args.temperature:g}, "
-              "+- one standard error over problems")
-        print(f"{'level':>8} {'problems':>9} {'before':>14} {'after':>14}")
-        for (level, was), (_, now) in zip(*(evaluate.by_level(results).items() for results in held_out)):
-            cells = [evaluate.mean_and_error([r["correct"] / args.eval_samples for r in part]) for part in (was, now)]
-            print(f"{level!s:>8} {len(was):>9} " + " ".join(f"{100 * mean:>7.1f} +-{100 * error:4.1f}" for mean, error in cells))
-    few = max(1, min(5, len(offline_ratios)))
-    print(f"\noffline ratio, mean of {few} steps: {statistics.fmean(offline_ratios[:few]):.3f} at the start, "
-          f"{statistics.fmean(offline_ratios[-few:]):.3f} at the end")
-    plot.plot([out], out / "curves.png")
-    for name, what in {"metrics.jsonl": "every metric of every step", "samples.jsonl": "a few rollouts of every step",
-                       "curves.png": "the curves", "config.json": "flags, versions, commit", "final": "the model"}.items():
-        print(f"  {out / name}: {what}")
 
 
 if __name__ == "__main__":
