@@ -105,6 +105,8 @@ def load_config_and_tokenizer(model, rope_theta=None, max_position_embeddings=No
                          f"hub gives: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise SystemExit(f"error: --model {model}: its tokenizer has no end-of-sequence token")
+    if rope_theta is not None and "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
+        raise SystemExit(f"error: --rope-theta: a {config.model_type} model has no single rope_theta")
     return override(config, rope_theta, max_position_embeddings), tokenizer
 
 
@@ -118,9 +120,7 @@ def override(config, rope_theta=None, max_position_embeddings=None):
             setattr(config, name, 0.0)
     if max_position_embeddings is not None:
         config.max_position_embeddings = max_position_embeddings
-    if rope_theta is not None:
-        if "rope_theta" not in (config.rope_parameters or {}):
-            raise SystemExit(f"error: --rope-theta: a {config.model_type} model has no single rope_theta")
+    if rope_theta is not None and hasattr(config, "rope_parameters"):  # vLLM also calls this on a bare PreTrainedConfig
         config.rope_parameters = config.rope_parameters | {"rope_theta": rope_theta}
     return config
 
