@@ -122,12 +122,16 @@ def generate(llm, prompts, seeds, *, n, max_response_tokens, temperature=1.0, to
     seeds: one integer a prompt; with it a prompt's samples depend neither on the other prompts nor on the call.
     progress: the label of a progress bar, None for no bar.
     """
+    import torch
     from tqdm import tqdm
     from vllm import SamplingParams
 
     if not prompts:
         return []
-    params = [SamplingParams(n=n, seed=seed, temperature=temperature, top_p=top_p,
+    # On a CPU, vLLM 0.32 fails on a seeded request with top-p ("CPU Generator does not use offset"): there the engine's
+    # seed alone makes such a call repeatable, and its samples depend on the other prompts.
+    seeded = top_p == 1.0 or torch.cuda.is_available()
+    params = [SamplingParams(n=n, seed=seed if seeded else None, temperature=temperature, top_p=top_p,
                              max_tokens=max_response_tokens, logprobs=0) for seed in seeds]
     bar = functools.partial(tqdm, leave=False) if progress and sys.stderr.isatty() else False  # vLLM cannot disable it
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=bar)
