@@ -14,7 +14,6 @@ import torch.distributed as dist
 import evaluate
 import plot
 import rollout
-from upge import METHODS
 
 PEAK_BF16 = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}  # dense FLOP/s, data sheets
 WATCHED = {"reward/mean": "reward", "hpt/sft_frac": "gated", "hpt/offline_ratio": "offline", "sft/nll": "nll",
@@ -22,11 +21,13 @@ WATCHED = {"reward/mean": "reward", "hpt/sft_frac": "gated", "hpt/offline_ratio"
            "time/step": "sec", "eval/pass@1": "HELD-OUT ACCURACY"}
 
 
-def step_metrics(args, step, rolled, rewards, beta, totals, grad_norms, times, policy):
-    """One flat dict a step; the README says what each name means."""
-    n, gated = args.samples_per_prompt, sum(beta)
-    responses = [r for rs in rolled for r in rs]
-    metrics = {"step": step, "hpt/sft_frac": gated / len(beta), "hpt/offline_ratio": gated / (n * (len(beta) - gated) + gated)}
+def step_metrics(args, step, prompts, totals, grad_norms, times, policy):
+    """One flat dict a step; the README says what each name means. prompts: list of train_hpt.Prompt."""
+    rewards = [p.rewards for p in prompts]
+    responses = [r for p in prompts for r in p.rolled]
+    online, offline = sum(len(p.rolled) for p in prompts if p.alpha), sum(p.beta > 0 for p in prompts)
+    metrics = {"step": step, "hpt/sft_frac": statistics.fmean(p.beta for p in prompts), "hpt/offline_ratio": offline / (online + offline),
+               "data/rollouts": len(responses), "data/demo_tokens": totals["demo_tokens"]}
     if responses:
         flat, lengths = [r for rs in rewards for r in rs], [len(r.ids) for r in responses]
         metrics |= {
@@ -44,6 +45,12 @@ def step_metrics(args, step, rolled, rewards, beta, totals, grad_norms, times, p
                     "policy/approx_kl": totals["kl"] / totals["rl_tokens"], "loss/rl": totals["rl_loss"]}
     if totals["demonstrations"]:
         metrics["sft/nll"] = totals["nll"] / totals["demonstrations"]
+    if totals["returns_sq"]:  # PPO: the part of the returns' variance that the critic foresaw
+        mean = totals["returns"] / totals["old_tokens"]
+        variance = totals["returns_sq"] / totals["old_tokens"] - mean**2
+        metrics |= {"critic/loss": totals["value_loss"], "critic/returns_mean": mean}
+        if variance > 0:
+            metrics["critic/explained_variance"] = 1 - totals["advantage_var"] / variance
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
     metrics |= {"optim/grad_norm": statistics.fmean(finite) if finite else None, "optim/skipped": len(grad_norms) - len(finite),
                 "optim/lr": args.lr * min(1.0, step * args.minibatches_per_step / max(1, args.warmup_steps)),
@@ -76,14 +83,14 @@ def open_output(args):
     return Path(name[0])
 
 
-def print_plan(args, out, policy, tokenizer, problems, left_out, held_out):
+def print_plan(args, out, policy, tokenizer, problems, left_out, held_out, n):
     """What is about to happen, before the first step."""
-    world, n = dist.get_world_size(), sum(p.numel() for p in policy.parameters())
+    world, size = dist.get_world_size(), sum(p.numel() for p in policy.parameters())
     first = problems[0]
     print(f"""
-{args.method} on {args.model}: {n / 1e6:,.1f} M parameters, {world} rank{'s' * (world > 1)}; weights, gradients and Adam's moments {16 * n / world / 1e9:.2f} GB a rank
+{args.method} on {args.model}: {size / 1e6:,.1f} M parameters, {world} rank{'s' * (world > 1)}; weights, gradients and Adam's moments {16 * size / world / 1e9:.2f} GB a rank
 {len(problems)} problems from {args.data} ({left_out}); {len(held_out)} held out
-{args.steps} steps of {args.prompts_per_step} prompts x {args.samples_per_prompt if METHODS[args.method][0] else 0} rollouts, {args.minibatches_per_step} optimizer steps each; micro-batches of {args.tokens_per_microbatch} tokens a rank
+{args.steps} steps of {args.prompts_per_step} prompts x {n} rollouts, {args.minibatches_per_step} optimizer steps each; micro-batches of {args.tokens_per_microbatch} tokens a rank
 writing to {out}
 
 the first problem, as the model sees it, and its demonstration:
@@ -101,15 +108,16 @@ def log(out, metrics):
         print(f"step {metrics['step']:>4}  " + "  ".join(shown), flush=True)
 
 
-def log_samples(out, step, prompts, rolled, rewards, beta, count=3):
+def log_samples(out, step, prompts, count=3):
     """Append the first rollout of a few prompts to samples.jsonl, with reward, P and what the gate chose."""
     if dist.get_rank() != 0:
         return
     with open(out / "samples.jsonl", "a") as file:
-        for problem, rs, scores, gated in list(zip(prompts, rolled, rewards, beta))[:count]:
-            shown = {"response": rs[0].text, "reward": scores[0], "P": statistics.fmean(scores)} if rs else {}
-            file.write(json.dumps({"step": step, "prompt": problem["prompt"], "answer": problem["answer"], **shown,
-                                   "trained_on": "demonstration" if gated else "rollouts"}) + "\n")
+        for p in prompts[:count]:
+            shown = {"response": p.rolled[0].text, "reward": p.rewards[0], "P": statistics.fmean(p.rewards)} if p.rolled else {}
+            trained_on = " and ".join(["rollouts"] * (p.alpha > 0) + ["demonstration"] * (p.beta > 0))
+            file.write(json.dumps({"step": step, "prompt": p.problem["prompt"], "answer": p.problem["answer"], **shown,
+                                   "trained_on": trained_on}) + "\n")
 
 
 def closing_table(args, out, held_out, offline_ratios):

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import upge
-from upge import METHODS, TABLE, clip_mask, gae, hpt_gate, upge_loss
+from upge import PI_OLD, TABLE, clip_mask, gae, hpt_gate, smooth_gate, upge_loss
 
 N, G, T, L_MAX, g = 3, 4, 9, 16, 0.1  # prompts, rollouts of each, longest, constant, LUFFY's g
 B = N * G
 GROUP = torch.arange(N).repeat_interleave(G)  # (B,)
+ENTROPY = torch.rand(B, T, dtype=torch.double, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def row_gradient(name, batch, A=None, normaliser=None, **changes):
     row = TABLE[name]._replace(**changes)
     weight = (normaliser or row.normaliser)(lengths, GROUP, N, L_MAX)[:, None]
     A = advantages(name, rewards) if A is None else A
-    return torch.autograd.grad(upge_loss(row, logp, valid, A, weight, old)[0], logp)[0]
+    return torch.autograd.grad(upge_loss(row, logp, valid, A, weight, old, entropy=ENTROPY)[0], logp)[0]
 
 
 def direct_gradient(name, batch, A=None):
@@ -59,12 +60,20 @@ def direct_gradient(name, batch, A=None):
         x, r = logp[i, :n], torch.exp(logp[i, :n] - old[i, :n])
         a = a[:n]
         clipped = torch.minimum(r * a, r.clamp(1 - lo, 1 + hi) * a)
-        s = torch.exp((x - old[i, :n]).mean())
+        s, h = torch.exp((x - old[i, :n]).mean()), ENTROPY[i, :n].mean()
+        R = rewards[int(GROUP[i])]
+        mine = R[i % G]
         group_tokens = lengths[GROUP == GROUP[i]].sum()
         total = total + {
             "sft": lambda: x.mean() / (N * G),
             "reinforce": lambda: (a * x).mean() / (N * G),
+            "dft": lambda: x.exp().mean() / (N * G),  # the token's loss -log pi times sg(pi)
+            "rloo": lambda: ((mine - (R.sum() - mine) / (G - 1)) * x).sum() / (N * G * L_MAX),
             "ppo": lambda: clipped.sum() / lengths.sum(),
+            "dapo": lambda: clipped.sum() / lengths.sum(),
+            "luffy": lambda: (r * (mine - R.mean())).sum() / (N * G * L_MAX),
+            "srft": lambda: ((0.1 * h.exp() if mine == 1 else -1) * x).sum() / (N * G * L_MAX),
+            "srft_sft": lambda: 0.5 * (-h).exp() * x.sum() / (N * G * L_MAX),
             "grpo": lambda: clipped.mean() / (N * G),
             "dr_grpo": lambda: clipped.sum() / (N * G * L_MAX),
             "cispo": lambda: (r.clamp(max=1 + hi).detach() * a * x).sum() / (N * group_tokens),
@@ -99,10 +108,11 @@ def test_packed_is_padded(name, batch):
     seq = torch.arange(B)[:, None].expand(B, T)
     pack = lambda x: x[valid][None]  # (1, n)
     def packed(seq):
-        loss, _ = upge_loss(row, pack(logp), torch.ones_like(pack(logp), dtype=torch.bool), pack(A), pack(weight), pack(old), seq)
+        loss, _ = upge_loss(row, pack(logp), torch.ones_like(pack(logp), dtype=torch.bool), pack(A), pack(weight), pack(old), seq,
+                            entropy=pack(ENTROPY))
         return torch.autograd.grad(loss, logp)[0]
     assert error(packed(pack(seq)), row_gradient(name, batch)) <= 1e-8
-    if name == "gspo":  # negative control: with no seq the whole pack would be one sequence
+    if name in ("gspo", "srft", "srft_sft"):  # negative control: with no seq the whole pack would be one sequence
         assert error(packed(None), row_gradient(name, batch)) > 1e-2
 
 
@@ -214,6 +224,9 @@ def test_group_advantages():
     population = (R - R.mean(-1, keepdim=True)) / (R.std(-1, correction=0, keepdim=True) + 1e-6)
     assert (population / standard(R)).mean().item() == pytest.approx(math.sqrt(8 / 7), abs=1e-4)  # 1.069, the other choice
     assert upge.adv_sign(torch.tensor([1.0, 0.0])).tolist() == [1, -1]
+    others = torch.stack([R[:, i] - R[:, torch.arange(8) != i].mean(-1) for i in range(8)], -1)
+    assert torch.allclose(upge.adv_leave_one_out(R), others) and not torch.allclose(centred(R), others, rtol=1e-2)
+    assert (upge.adv_leave_one_out(torch.rand(4, 1)) == 0).all()
 
 
 def test_gae_against_brute_force():
@@ -249,6 +262,29 @@ def test_gate_is_inclusive_and_counts(n, gamma, gated):
         assert exclusive != gated or gamma == 0.24
 
 
+def test_smooth_gate():
+    alpha, beta = smooth_gate(torch.tensor([0, 2, 8]), 8)
+    assert alpha.tolist() == [0, 0.25, 1] and beta.tolist() == [1, 0.75, 0]
+
+
+def test_pi_old_of_trainer_or_sampler():
+    """Rewards over three actions, sampled from q while the trainer has p: only the truncated weights, cap large, give p's gradient."""
+    p, q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double), torch.tensor([0.2, 0.3, 0.5], dtype=torch.double)
+    R = torch.tensor([[1.0], [0.0], [2.0]], dtype=torch.double)
+    logits = p.log().requires_grad_()
+    logp = logits.log_softmax(0)[:, None]  # each action a sequence of one token
+    def gradient(pi_ref, cap=math.inf):
+        old, factor = PI_OLD[pi_ref](logp.detach(), q.log()[:, None], cap)
+        loss, _ = upge_loss(TABLE["dr_grpo"]._replace(stable=upge.stable_always), logp, torch.ones(3, 1, dtype=torch.bool), R,
+                            q[:, None] * factor, old)  # q as weight: the expectation over the sampler's draws
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    true = torch.autograd.grad(-(logp.exp() * R).sum(), logits, retain_graph=True)[0]
+    assert error(gradient("tis"), true) < 1e-12 and error(gradient("rollout"), true) < 1e-12
+    assert error(gradient("old"), true) > 1e-2  # negative control: the mismatch ignored
+    assert error(gradient("tis", cap=2.0), true) > 1e-2  # p/q = 2.5 at the first action, truncated
+    assert PI_OLD["tis"](p.log(), q.log(), 2.0)[1].tolist() == pytest.approx([2.0, 1.0, 0.4])
+
+
 def test_doctest_and_printed_table():
     assert doctest.testmod(upge).failed == 0 and doctest.testmod(upge).attempted > 5
     printed = subprocess.run([sys.executable, upge.__file__], capture_output=True, text=True, check=True).stdout
@@ -258,23 +294,29 @@ def test_doctest_and_printed_table():
 
 # ------------------------------------------------------------------------- the trainer's gradient, over real gloo ranks
 
-from train_hpt import (Policy, accumulate_gradient, build_sequences, collate, parse_args, plan_microbatches,
-                       reference_logp)
+from types import SimpleNamespace
+
+import probe
+from model import Critic, Policy
 from rollout import Rollout
+from train_hpt import (METHODS, Prompt, accumulate_critic_gradient, accumulate_gradient, before_update, build_sequences, collate,
+                       parse_args, plan_microbatches)
+
+ARGS = dict(clip_eps=None, entropy_coef=0.0, pi_ref="old", tis_cap=2.0, gae_gamma=0.9, gae_lambda=0.8)
 
 
-def made_up_step(gated):
-    """Six prompts with four rollouts each, the first `gated` of them failed: chunk as build_sequences wants it."""
+def made_up_step(gated, mixed=False):
+    """Six prompts with four rollouts each, the first `gated` of them failed."""
     torch.manual_seed(4)
     token = lambda n: torch.randint(3, 32, (n,)).tolist()
-    chunk = []
+    prompts = []
     for q in range(6):
         problem = {"prompt_ids": token(2 + q), "demo_ids": token(5 + 3 * q)}
         rolled = [Rollout(token(n), (-3 * torch.rand(n)).tolist(), False, "") for n in torch.randint(1, 20, (4,)).tolist()]
         rewards = [0.0] * 4 if q < gated else [1.0, 0.0, float(q % 2), 0.0]
-        beta = int(q < gated)
-        chunk.append((problem, rolled, rewards, 1 - beta, beta))
-    return chunk
+        beta = float(q < gated)
+        prompts.append(Prompt(problem, rolled, rewards, 1.0, *((1.0, 1.0) if mixed else (1 - beta, beta))))
+    return prompts
 
 
 def tiny_lm():
@@ -284,8 +326,13 @@ def tiny_lm():
                                         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True)).double()
 
 
+def made_up_value(ids, response):
+    """A critic: some function of the token, in float64."""
+    return torch.sin(ids[response].double())
+
+
 def gradient_on_ranks(rank, world, port, cases, path):
-    """Run in a process of its own: the trainer's gradient of each case, (chunk, method, budget, wrong), to `path`."""
+    """Run in a process of its own: the trainer's gradient of each case, (prompts, method, budget, changes, wrong), to `path`."""
     import collections
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -297,80 +344,165 @@ def gradient_on_ranks(rank, world, port, cases, path):
         fully_shard(block)
     policy = fully_shard(Policy(lm, temperature=1.0, chunk=7))
     results = []
-    for chunk, method, budget, wrong in cases:
-        parts = build_sequences(chunk, METHODS[method], 0.05, 32)
-        online, offline = (plan_microbatches(part, world, budget)[rank] for part in parts)
+    for prompts, method, budget, changes, wrong in cases:
+        args = SimpleNamespace(**ARGS | changes)
+        parts = build_sequences(prompts, METHODS[method], 0.05, 32)
+        batches = [(name, batch) for name, part in parts.items() for batch in plan_microbatches(part, world, budget)[rank]]
         if wrong:  # what gradient accumulation often does: a token mean per micro-batch, averaged over them
             mean = lambda batch, n: [s._replace(weight=1 / n / sum(len(s.response) for s in batch)) for s in batch]
-            online, offline = ([mean(batch, len(batches)) for batch in batches] for batches in (online, offline))
+            batches = [(name, mean(batch, sum(other == name for other, _ in batches))) for name, batch in batches]
         totals = collections.defaultdict(float)
-        old = [logp + 0.3 * torch.sin(1e3 * logp) for logp in reference_logp(policy, online, cpu, totals)]
-        accumulate_gradient(policy, online + offline, old + [None] * len(offline), None, 0.0, cpu, totals)
-        results.append({name: p.grad.full_tensor().clone() for name, p in lm.named_parameters()})
+        befores = before_update(policy, made_up_value if method == "ppo" else None, batches, args, cpu, totals)
+        befores = [b if b.old_logp is None else b._replace(old_logp=stale(b.old_logp)) for b in befores]  # an off-policy update
+        accumulate = lambda policy, batches, befores, totals: accumulate_gradient(policy, batches, befores, args, cpu, totals)
+        seen = probe.probe(policy, batches, befores, accumulate) if changes.get("probe") else {}
+        accumulate(policy, batches, befores, totals)
+        results.append({name: p.grad.full_tensor().clone() for name, p in lm.named_parameters()} | seen)
         policy.zero_grad()
     if rank == 0:
         torch.save(results, path)
     dist.destroy_process_group()
 
 
-CASES = {"whole": (made_up_step(2), "hpt", 10_000, False), "one row": (made_up_step(2), "hpt", 1, False),
-         "small": (made_up_step(2), "hpt", 50, False), "wrong whole": (made_up_step(2), "hpt", 10_000, True),
-         "wrong small": (made_up_step(2), "hpt", 50, True), "sft": (made_up_step(6), "sft", 40, False),
-         "dr_grpo": (made_up_step(0), "dr_grpo", 40, False)}
-CASES["reordered"] = ([(p, rolled[::-1], rewards[::-1], a, b) for p, rolled, rewards, a, b in reversed(made_up_step(2))], "hpt", 50, False)
-CASES["dropped changed"] = ([(p, [r._replace(ids=r.ids[::-1]) for r in rolled] if b else rolled, rewards, a, b)
-                             for p, rolled, rewards, a, b in made_up_step(2)], "hpt", 10_000, False)
-CASES |= {gated: (made_up_step(gated), "hpt", 40, False) for gated in range(7)}
+def stale(logp):
+    """log-probabilities of a policy some updates back: ratios from 0.74 to 1.35."""
+    logp = logp.double()
+    return logp + 0.3 * torch.sin(1e3 * logp)
+
+
+MIXED = ("luffy", "srft")
+CASES = {"whole": (made_up_step(2), "hpt", 10_000, {}, False), "one row": (made_up_step(2), "hpt", 1, {}, False),
+         "small": (made_up_step(2), "hpt", 50, {"probe": True}, False), "wrong whole": (made_up_step(2), "hpt", 10_000, {}, True),
+         "wrong small": (made_up_step(2), "hpt", 50, {}, True),
+         "rollout": (made_up_step(0), "grpo", 40, {"pi_ref": "rollout"}, False), "tis": (made_up_step(0), "grpo", 40, {"pi_ref": "tis"}, False)}
+CASES["reordered"] = ([p._replace(rolled=p.rolled[::-1], rewards=p.rewards[::-1]) for p in reversed(made_up_step(2))], "hpt", 50, {}, False)
+CASES["dropped changed"] = ([p._replace(rolled=[r._replace(ids=r.ids[::-1]) for r in p.rolled]) if p.beta else p
+                             for p in made_up_step(2)], "hpt", 10_000, {}, False)
+CASES |= {gated: (made_up_step(gated), "hpt", 40, {}, False) for gated in range(7)}
+CASES |= {name: (made_up_step(6 if name in ("sft", "dft") else 2 if method.meet == "gate" else 0, name in MIXED), name, 40, {}, False)
+          for name, method in METHODS.items()}
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def gradients(request, tmp_path_factory):
-    """{case: flat float64 gradient} from 1 and from 2 real processes."""
+    """{case: flat float64 gradient} from 1 and from 2 real processes; of the probe's case what it measured, as "probe"."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = tmp_path_factory.mktemp("gradients") / "gradients.pt"
     torch.multiprocessing.spawn(gradient_on_ranks, (request.param, port, list(CASES.values()), path), nprocs=request.param)
-    return {case: torch.cat([p.flatten() for p in result.values()]) for case, result in zip(CASES, torch.load(path))}
+    results = dict(zip(CASES, torch.load(path)))
+    seen = {name: results["small"].pop(name) for name in list(results["small"]) if name.startswith("probe/")}
+    return {case: torch.cat([p.flatten() for p in result.values()]) for case, result in results.items()} | {"probe": seen}
 
 
-def direct_hpt_gradient(chunk, sft_coef=0.05, l_max=32):
-    """HPT's loss written out prompt by prompt and token by token with plain transformers, no padding; flat float64."""
-    lm, total = tiny_lm(), 0.0
-    def logp(prompt, response):
+def direct_gradient_of_method(name, prompts, sft_coef=0.05, L=32, pi_ref="old"):
+    """The method's loss written out prompt by prompt and token by token with plain transformers, no padding; flat float64."""
+    lm, N, total = tiny_lm(), len(prompts), 0.0
+    tokens = sum(len(r.ids) for p in prompts for r in p.rolled)
+    def run(prompt, response):  # log-probabilities and mean entropy
         out = lm(torch.tensor([prompt + response])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-        return out.gather(-1, torch.tensor(response)[:, None])[:, 0]
-    for problem, rolled, rewards, alpha, beta in chunk:
-        if beta:
-            total = total - sft_coef * logp(problem["prompt_ids"], problem["demo_ids"]).mean() / len(chunk)
+        return out.gather(-1, torch.tensor(response)[:, None])[:, 0], -(out.exp() * out).sum(-1).mean().item()
+    def ppo_advantages():
+        A = []
+        for r, R in ((r, R) for p in prompts for r, R in zip(p.rolled, p.rewards)):
+            V, row, after = torch.sin(torch.tensor(r.ids).double()).tolist() + [0.0], [], 0.0
+            for t in reversed(range(len(r.ids))):
+                after = (R if t == len(r.ids) - 1 else 0.0) + 0.9 * V[t + 1] - V[t] + 0.9 * 0.8 * after
+                row.insert(0, after)
+            A.append(torch.tensor(row, dtype=torch.double))
+        mean, std = torch.cat(A).mean(), torch.cat(A).std(correction=0)
+        return iter([(a - mean) / std for a in A])
+    whitened = ppo_advantages() if name == "ppo" else None
+    for p in prompts:
+        d, H = run(p.problem["prompt_ids"], p.problem["demo_ids"])
+        R, G = torch.tensor(p.rewards), len(p.rolled)
+        with_demo = torch.tensor([*p.rewards, p.demo_reward])
+        shaped = (d.exp() / (d.exp() + g)).sum()  # LUFFY's f(pi)
+        if name == "sft":
+            loss = d.mean()
+        elif name == "dft":
+            loss = (d.exp().detach() * d).mean()
+        elif name == "luffy":
+            loss = (with_demo[-1] - with_demo.mean()) * shaped / (G + 1) / L
+        elif name == "srft":
+            loss = (0.5 * math.exp(-H) * d.sum() + (with_demo[-1] - with_demo.mean()) * shaped) / (G + 1) / L
+        elif not p.alpha:
+            loss = {"hpt": lambda: sft_coef * d.mean(), "hpt_off": lambda: (1 - 1 / (G + 1)) * shaped / L,
+                    "hpt_mix": lambda: sft_coef * d.mean() + (1 - 1 / (G + 1)) * shaped / L}[name]()
         else:
-            for r, reward in zip(rolled, rewards):
-                x = logp(problem["prompt_ids"], r.ids)
-                old = x.detach() + 0.3 * torch.sin(1e3 * x.detach())
-                a, ratio = reward - sum(rewards) / len(rewards), torch.exp(x - old)
-                total = total - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum() / (len(rolled) * l_max) / len(chunk)
+            loss = 0.0
+        for r, reward in zip(p.rolled, p.rewards) if name not in ("sft", "dft") and p.alpha else ():
+            x, H = run(p.problem["prompt_ids"], r.ids)
+            sampler, n = torch.tensor(r.logp, dtype=torch.double), len(r.ids)
+            old = stale(sampler if pi_ref == "rollout" else x.detach())
+            ratio, centred = torch.exp(x - old), reward - R.mean()
+            standard = centred / (R.std() + 1e-6)
+            ppo = lambda a, lo=0.2, hi=0.2, ratio=ratio: torch.minimum(ratio * a, ratio.clamp(1 - lo, 1 + hi) * a)
+            s = torch.exp((x - old).mean())
+            importance = (x.detach() - sampler).exp().clamp(max=2.0) if pi_ref == "tis" else 1.0
+            group_tokens = sum(len(other.ids) for other in p.rolled)
+            loss = loss + {
+                "reinforce": lambda: (2 * reward - 1) * x.mean() / G,
+                "rloo": lambda: (reward - (R.sum() - reward) / (G - 1)) * x.sum() / G / L,
+                "ppo": lambda: ppo(next(whitened)).sum() / tokens * N,
+                "grpo": lambda: (importance * ppo(standard)).mean() / G,
+                "dr_grpo": lambda: ppo(centred).sum() / G / L,
+                "dapo": lambda: ppo(standard, 0.2, 0.28).sum() / tokens * N,
+                "cispo": lambda: (ratio.clamp(max=1.2).detach() * standard * x).sum() / group_tokens,
+                "gspo": lambda: ppo(standard, 3e-4, 4e-4, s) / G,
+                "luffy": lambda: (ratio * (reward - with_demo.mean())).sum() / (G + 1) / L,
+                "srft": lambda: (0.1 * math.exp(H) if reward else -1.0) * x.sum() / (G + 1) / L,
+            }.get(name, lambda: ppo(centred).sum() / G / L)()  # hpt's
+        total = total - loss / N
     total.backward()
     return torch.cat([p.grad.flatten() for p in lm.parameters()])
 
 
 def test_one_gradient(gradients):
     """Micro-batch budget, ranks, row order and padding leave the trainer's gradient alone."""
-    chunk = made_up_step(2)
-    wanted = direct_hpt_gradient(chunk)
+    prompts = made_up_step(2)
+    wanted = direct_gradient_of_method("hpt", prompts)
     for case in ("whole", "one row", "small", "reordered", "dropped changed"):
         assert error(gradients[case], wanted) <= 1e-7  # weights and advantages travel as float32
         assert error(gradients[case], gradients["whole"]) <= 1e-10
     assert torch.equal(gradients["dropped changed"], gradients["whole"])  # dropped rollouts contribute exactly nothing
     # negative controls: means per micro-batch change with the budget; a wrong coefficient or a missing prompt is seen
     assert error(gradients["wrong small"], gradients["wrong whole"]) > 1e-2
-    assert error(direct_hpt_gradient(chunk, sft_coef=0.06), gradients["whole"]) > 1e-3
-    assert error(direct_hpt_gradient(chunk[1:]), gradients["whole"]) > 1e-2
+    assert error(direct_gradient_of_method("hpt", prompts, sft_coef=0.06), gradients["whole"]) > 1e-3
+    assert error(direct_gradient_of_method("hpt", prompts[1:]), gradients["whole"]) > 1e-2
+
+
+def test_every_method_in_the_training_loop_is_its_directly_written_loss(gradients):
+    wanted = {name: direct_gradient_of_method(name, CASES[name][0]) for name in METHODS}
+    for name in METHODS:
+        assert error(gradients[name], wanted[name]) <= 1e-6, name
+        others = {other: error(gradients[name], wanted[other]) for other in METHODS if other != name}
+        assert min(others.values()) > 1e-2, (name, others)  # negative control
+    for pi_ref in ("rollout", "tis"):
+        assert error(gradients[pi_ref], direct_gradient_of_method("grpo", made_up_step(0), pi_ref=pi_ref)) <= 1e-6
+        assert error(gradients[pi_ref], wanted["grpo"]) > 1e-2
+
+
+def test_probe_is_what_prompt_by_prompt_gradients_say(gradients):
+    prompts, seen = made_up_step(2), gradients["probe"]
+    by_prompt = []
+    for q, p in enumerate(prompts):  # the gradient is linear in the prompts: without prompt q, it is whole minus its own
+        rest = [other for i, other in enumerate(prompts) if i != q]
+        by_prompt.append(6 * direct_gradient_of_method("hpt", prompts) - 5 * direct_gradient_of_method("hpt", rest))
+    sft, rl = torch.stack(by_prompt[:2]), torch.stack(by_prompt[2:])
+    assert seen["probe/sft_norm"] == pytest.approx((sft.sum(0) / 6).norm().item(), rel=1e-6)
+    assert seen["probe/rl_norm"] == pytest.approx((rl.sum(0) / 6).norm().item(), rel=1e-6)
+    assert seen["probe/cosine"] == pytest.approx(torch.cosine_similarity(sft.sum(0), rl.sum(0), dim=0).item(), rel=1e-5)
+    assert seen["probe/sft_variance"] == pytest.approx(sft.var(0).sum().item(), rel=1e-5)
+    assert seen["probe/rl_variance"] == pytest.approx(rl.var(0).sum().item(), rel=1e-5)
+    assert seen["probe/rl_variance"] != pytest.approx(rl.var(0, correction=0).sum().item(), rel=1e-2)  # negative control
 
 
 def test_hpt_for_every_gate_count(gradients):
     """For every K from 0 to N all ranks take part in equally many passes (or this hangs), and the gradient is right."""
     for gated in range(7):
-        assert error(gradients[gated], direct_hpt_gradient(made_up_step(gated))) <= 1e-7
+        assert error(gradients[gated], direct_gradient_of_method("hpt", made_up_step(gated))) <= 1e-7
     assert error(gradients[6], 0.05 * gradients["sft"]) <= 1e-7
     assert error(gradients[0], gradients["dr_grpo"]) <= 1e-10
     assert error(gradients[1], gradients[0]) > 1e-3  # negative control
@@ -380,7 +512,7 @@ def test_hpt_for_every_gate_count(gradients):
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_plan_holds_every_sequence_once(ranks, budget):
     for gated in range(7):
-        for part in build_sequences(made_up_step(gated), METHODS["hpt"], 0.05, 32):
+        for part in build_sequences(made_up_step(gated), METHODS["hpt"], 0.05, 32).values():
             plan = plan_microbatches(part, ranks, budget)
             assert len({len(batches) for batches in plan}) == 1
             planned = [s for batches in plan for batch in batches for s in batch]
@@ -393,4 +525,4 @@ def test_methods_of_the_command_line_are_those_of_the_table():
     for method in METHODS:
         assert parse_args(["--model", "x", "--method", method]).method == method
     with pytest.raises(SystemExit):
-        parse_args(["--model", "x", "--method", "ppo"])
+        parse_args(["--model", "x", "--method", "dpo"])

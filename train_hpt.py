@@ -12,8 +12,35 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 PAPER_DATA = "Elliott/Openr1-Math-46k-8192"
+
+
+class Method(NamedTuple):
+    """What a --method trains: rows of upge.TABLE, and how a prompt's rollouts and its demonstration meet."""
+    rollout: str | None  # the row of its rollouts
+    demo: tuple = ()  # the rows of its demonstration, added up
+    meet: str | None = None  # "gate": alpha and beta decide; "group": the demonstration is one of the group of n
+
+
+METHODS = {
+    "sft":       Method(None, ("sft",)),
+    "dft":       Method(None, ("dft",)),
+    "reinforce": Method("reinforce"),
+    "rloo":      Method("rloo"),
+    "ppo":       Method("ppo"),
+    "grpo":      Method("grpo"),
+    "dr_grpo":   Method("dr_grpo"),
+    "dapo":      Method("dapo"),
+    "cispo":     Method("cispo"),
+    "gspo":      Method("gspo"),
+    "luffy":     Method("luffy", ("luffy_demo",), "group"),
+    "srft":      Method("srft", ("srft_sft", "luffy_demo"), "group"),
+    "hpt":       Method("dr_grpo", ("sft",), "gate"),
+    "hpt_mix":   Method("dr_grpo", ("sft", "luffy_demo"), "gate"),  # the paper's ablation, Mix/ON: SFT and offline RL where gated
+    "hpt_off":   Method("dr_grpo", ("luffy_demo",), "gate"),  # OFF/ON: offline RL instead of SFT
+}
 
 
 def parse_args(argv=None):
@@ -42,15 +69,26 @@ def parse_args(argv=None):
     flag("--gpu-memory-utilization", type=float, default=0.5, help="share of a GPU for vLLM, weights and cache, while "
          "it samples (%(default)s)")
     flag = parser.add_argument_group("algorithm").add_argument
-    flag("--method", default="hpt", choices=("sft", "reinforce", "grpo", "dr_grpo", "cispo", "gspo", "hpt"),
+    flag("--method", default="hpt", choices=METHODS,
          help="rows of the table that upge.py prints (%(default)s)")
+    flag("--gate", choices=("switch", "smooth"), default="switch", help="of the hpt methods: (alpha, beta) is (1, 0) or (0, 1) by "
+         "--gamma, or (P, 1 - P) (%(default)s)")
     flag("--gamma", type=float, default=0.0, help="HPT gate: the demonstration where P <= gamma; paper: 0 for Qwen, "
          "0.25 for Llama (%(default)s)")
     flag("--sft-coef", type=float, default=0.05, help="c_sft, weight of the SFT loss in HPT; 0.05 is what the authors' "
          "run amounts to, 1.0 is Eq. 13 taken literally (%(default)s)")
     flag("--clip-eps", type=float, help="clip range on both sides; default the row's own (0.2; gspo 3e-4 and 4e-4); "
          "inf, which the authors ran, clips nothing")
+    flag("--pi-ref", choices=("old", "rollout", "tis"), default="old", help="pi_old is the trainer's own, what the sampler "
+         "reported, or the trainer's with truncated importance weights between the two (%(default)s)")
+    flag("--tis-cap", type=float, default=2.0, help="largest weight of --pi-ref tis (%(default)s)")
     flag("--entropy-coef", type=float, default=0.0, help="entropy bonus on rollouts (%(default)s)")
+    flag = parser.add_argument_group("ppo").add_argument
+    flag("--critic", help="directory of a critic to go on from, as saved in a checkpoint's critic/ (default: the base, saying 0)")
+    flag("--critic-lr", type=float, default=1e-5, help="(%(default)s)")
+    flag("--gae-gamma", type=float, default=1.0, help="discount a token (%(default)s)")
+    flag("--gae-lambda", type=float, default=1.0, help="(%(default)s)")
+    flag("--value-clip", type=float, default=0.2, help="a value may move so far from the old one; inf clips nothing (%(default)s)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--steps", type=int, default=500, help="rollout steps (%(default)s)")
     flag("--minibatches-per-step", type=int, default=2, help="optimizer steps a rollout step (%(default)s)")
@@ -67,6 +105,8 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="of everything random (%(default)s)")
     flag("--eval-every", type=int, default=0, help="evaluate every N steps too (%(default)s: only before and after)")
     flag("--eval-samples", type=int, default=8, help="samples a held-out problem, at --temperature (%(default)s)")
+    flag("--probe-gradients", type=int, default=0, metavar="N", help="every N steps measure the RL and the SFT gradient: norms, "
+         "cosine, variance over prompts; costs about one more update (%(default)s: never)")
     flag("--save-every", type=int, default=0, help="a checkpoint every N steps too (%(default)s: only at the end)")
 
     given = parser.parse_args(argv)
@@ -79,15 +119,22 @@ def parse_args(argv=None):
 
     at_least = {"prompts_per_step": 1, "samples_per_prompt": 1, "tensor_parallel": 1, "steps": 1, "minibatches_per_step": 1,
                 "tokens_per_microbatch": 1, "max_prompt_tokens": 1, "max_response_tokens": 1, "eval_samples": 1,
-                "warmup_steps": 0, "eval_every": 0, "save_every": 0, "sft_coef": 0, "entropy_coef": 0, "weight_decay": 0}
+                "warmup_steps": 0, "eval_every": 0, "save_every": 0, "probe_gradients": 0, "sft_coef": 0, "entropy_coef": 0, "weight_decay": 0}
     for name, least in at_least.items():
         if not getattr(args, name) >= least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    for name in ("lr", "temperature", "max_grad_norm", "clip_eps"):
+    for name in ("lr", "temperature", "max_grad_norm", "clip_eps", "tis_cap", "critic_lr", "value_clip"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    if not 0 <= args.gamma <= 1:
-        parser.error(f"--gamma is a share of rollouts, from 0 to 1, not {args.gamma}")
+    for name, what in {"gamma": "a share of rollouts", "gae_gamma": "a discount", "gae_lambda": "a discount"}.items():
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} is {what}, from 0 to 1, not {getattr(args, name)}")
+    if METHODS[args.method].meet == "group" and args.samples_per_prompt < 2:
+        parser.error(f"--method {args.method} makes a group of rollouts and the demonstration: --samples-per-prompt must be at least 2")
+    if args.critic and args.method != "ppo":
+        parser.error(f"--critic is for --method ppo, not {args.method}")
+    if args.critic and not Path(args.critic, "config.json").is_file():
+        parser.error(f"--critic {args.critic}: no model directory; a run of --method ppo saves one in final/critic")
     if args.minibatches_per_step > args.prompts_per_step:
         parser.error(f"--minibatches-per-step {args.minibatches_per_step} needs at least as many --prompts-per-step, "
                      f"not {args.prompts_per_step}")
@@ -102,97 +149,35 @@ if __name__ == "__main__":
 import collections
 import functools
 import random
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
 import evaluate
+import model
+import probe
 import report
 import reward
 import rollout
-from upge import METHODS, TABLE, hpt_gate, upge_loss
+from upge import PI_OLD, TABLE, adv_one, factor_one, gae, hpt_gate, smooth_gate, upge_loss
 
-
-# ---------------------------------------------------------------------------------------------- the policy under FSDP
-
-class Policy(torch.nn.Module):
-    """A causal LM whose forward pass gives log-probabilities of chosen tokens, never all logits at once."""
-
-    def __init__(self, lm, temperature, chunk=1024):
-        super().__init__()
-        self.lm, self.temperature, self.chunk = lm, temperature, chunk
-        self.softcap = getattr(lm.config, "final_logit_softcapping", None)  # Gemma 2
-
-    def forward(self, ids, response, with_entropy=False):
-        """Log-probabilities (n,), float32 or wider, of the n tokens marked in `response`, row by row, and their entropy or None.
-
-        ids (B, T) int64, padded on the right; under causal attention no real token sees the padding, so there is no
-        attention mask. response (B, T) bool, never True in column 0.
-        """
-        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-        hidden, targets = hidden[:, :-1][response[:, 1:]], ids[response]  # (n, D), (n,): the state before each token
-        parts = [checkpoint(self.head, h, t, with_entropy, use_reentrant=False)
-                 for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk))]
-        logp, entropy = zip(*parts)
-        return torch.cat(logp), torch.cat(entropy) if with_entropy else None
-
-    def head(self, hidden, targets, with_entropy):
-        """(c, D) states and (c,) token ids to (c,) log-probabilities and entropies; recomputed in the backward pass."""
-        logits = self.lm.get_output_embeddings()(hidden)  # (c, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = logits / self.temperature
-        logp = logits - logits.logsumexp(-1, keepdim=True)
-        entropy = -(logp.exp() * logp).sum(-1) if with_entropy else None
-        return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
-
-
-def build_policy(args, config, device):
-    """The sharded policy: float32 master weights; on a GPU, bfloat16 compute and float32 gradient reduction."""
-    from transformers import AutoModelForCausalLM
-
-    lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype="auto")
-    lm.train()  # without this, HF ignores gradient checkpointing; dropout is off in the config
-    if args.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(lm, args.temperature)
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in [m for m in lm.modules() if type(m).__name__ in lm._no_split_modules]:
-        fully_shard(block.float(), mesh=mesh, mp_policy=precision)
-    return fully_shard(policy.float(), mesh=mesh, mp_policy=precision)
-
-
-def full_weights(policy, dtype):
-    """(Hugging Face name, full tensor) pairs, gathered from the shards one at a time; every rank must consume them.
-
-    Tied weights come under each of their names, as rollout.load wants them.
-    """
-    for name, parameter in policy.lm.named_parameters(remove_duplicate=False):
-        yield name, parameter.detach().full_tensor().to(dtype)
-
-
-def save(policy, tokenizer, directory, device):
-    """A plain Hugging Face directory: float32 from a CPU, bfloat16 from a GPU, as the sampler held it."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    weights = {name: tensor.cpu() for name, tensor in full_weights(policy, dtype)}
-    if dist.get_rank() == 0:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(policy.lm.config, dtype=dtype)
-        skeleton.generation_config = policy.lm.generation_config
-        skeleton.save_pretrained(directory, state_dict=weights)
-        tokenizer.save_pretrained(directory)
+GATES = {"switch": hpt_gate, "smooth": smooth_gate}
 
 
 # ------------------------------------------------------------------------------------------ from sequences to gradient
+
+class Prompt(NamedTuple):
+    """A problem of the step with what came of it."""
+    problem: dict
+    rolled: list  # of rollout.Rollout
+    rewards: list  # float, one a rollout
+    demo_reward: float
+    alpha: float  # share of its rollouts in the loss
+    beta: float  # share of its demonstration
+
 
 class Sequence(NamedTuple):
     """A response to train on: a rollout or a demonstration."""
@@ -200,36 +185,38 @@ class Sequence(NamedTuple):
     response: list  # token ids
     row: str  # of upge.TABLE
     group: int  # its prompt, 0 .. N-1
-    advantage: float
+    advantage: float  # the reward, where the row makes advantages of a critic's values
     weight: float  # of each of its tokens, global and final
     sampler_logp: list | None = None  # of a rollout, one a token
 
 
-def build_sequences(chunk, method, sft_coef, l_max):
-    """The (rollouts, demonstrations) of one optimizer step, from its N prompts with all that a weight depends on.
+def build_sequences(prompts, method, sft_coef, l_max):
+    """The sequences of one optimizer step by row of the table, {row: list}, from its N prompts: all that a weight depends on.
 
         L = (1/N) sum_q [ alpha_q L_RL(q) + c_sft beta_q L_SFT(q) ]
 
-    chunk: list of (problem, its rollouts, their rewards, alpha, beta). c_sft weighs demonstrations against rollouts; a
-    method that has demonstrations alone has nothing to weigh them against, and it is 1.
+    c_sft weighs the sft row against rollouts; alone it has nothing to be weighed against, and it is 1. The other rows of
+    demonstrations are written by their authors on the scale of the rollouts' rows.
     """
-    rl, sft = method
-    online, offline = [], []
-    for q, (problem, rolled, rewards, alpha, beta) in enumerate(chunk):
-        if alpha:
-            advantages = TABLE[rl].advantage(torch.tensor(rewards, dtype=torch.double)).tolist()  # (G,)
-            online += [Sequence(problem["prompt_ids"], r.ids, rl, q, a, alpha, r.logp) for r, a in zip(rolled, advantages)]
-        if beta:
-            offline += [Sequence(problem["prompt_ids"], problem["demo_ids"], sft, q, 1.0, beta * (sft_coef if rl else 1.0))]
-
-    def normalised(sequences):
-        if not sequences:
-            return []
-        lengths, groups = torch.tensor([(len(s.response), s.group) for s in sequences]).T  # (B,), (B,)
-        weights = TABLE[sequences[0].row].normaliser(lengths, groups, len(chunk), l_max)  # (B,)
-        return [s._replace(weight=s.weight * w) for s, w in zip(sequences, weights.tolist())]
-
-    return normalised(online), normalised(offline)
+    parts = {}
+    for name in filter(None, (method.rollout, *method.demo)):
+        row, members = TABLE[name], []
+        is_demo, mixed = row.data == "demo", method.meet == "group"
+        for q, p in enumerate(prompts):
+            share = p.beta * (sft_coef if name == "sft" and method.rollout else 1.0) if is_demo else p.alpha
+            if share:
+                rewards = p.rewards + [p.demo_reward] * (is_demo or mixed)  # (G,)
+                A = rewards if row.advantage is gae else row.advantage(torch.tensor(rewards, dtype=torch.double)).tolist()
+                if mixed or not is_demo:
+                    members += [Sequence(p.problem["prompt_ids"], r.ids, name, q, a, share, r.logp) for r, a in zip(p.rolled, A)]
+                if mixed or is_demo:
+                    members += [Sequence(p.problem["prompt_ids"], p.problem["demo_ids"], name, q, A[-1], share)]
+        if members:  # of a mixed group all count in the normaliser, those that are another row's too
+            lengths, groups = torch.tensor([(len(s.response), s.group) for s in members]).T  # (B,), (B,)
+            weights = row.normaliser(lengths, groups, len(prompts), l_max).tolist()
+            members = [s._replace(weight=s.weight * w) for s, w in zip(members, weights)]
+        parts[name] = [s for s in members if (s.sampler_logp is None) == is_demo]
+    return parts
 
 
 def plan_microbatches(sequences, ranks, budget):
@@ -279,62 +266,118 @@ def progress(items, label):
     return tqdm(items, label, leave=False, disable=None if dist.get_rank() == 0 else True)
 
 
+class Before(NamedTuple):
+    """What the update takes as given, of one micro-batch: packed (1, n) tensors, fixed before the first optimizer step."""
+    advantage: torch.Tensor
+    weight: torch.Tensor
+    old_logp: torch.Tensor | None = None  # of rollouts
+    value: torch.Tensor | None = None  # of PPO's critic
+    returns: torch.Tensor | None = None
+
+
 @torch.no_grad()
-def reference_logp(policy, batches, device, totals):
-    """log pi_old of this rank's rollout micro-batches, a packed (1, n) tensor each: call it before the first update.
+def before_update(policy, critic, batches, args, device, totals):
+    """A Before for each of this rank's micro-batches, (row, sequences) pairs of a whole rollout step.
 
-    These are the trainer's own numbers, as in the authors' code, not the sampler's; `totals` collects how far the
-    two differ, which is what rounding leaves, or a stale weight, a wrong mask, a wrong temperature.
+    log pi_old is the trainer's own by default, as in the authors' code, not the sampler's; `totals` collects how far the two
+    differ, which is what rounding leaves, or a stale weight, a wrong mask, a wrong temperature. PPO's advantages are
+    whitened over all tokens of all ranks.
     """
-    result = []
-    for batch in progress(batches, "pi_old"):
-        logp = policy(*collate(batch, device))[0][None]
-        result.append(logp)
-        if batch:
-            gap = logp - per_token(batch, [s.sampler_logp for s in batch], device)
-            totals["mismatch_kl"] += (gap.exp() - 1 - gap).sum().item()
-            totals["mismatch_max"] = max(totals["mismatch_max"], gap.abs().max().item())
-            totals["old_tokens"] += gap.numel()
-    return result
+    befores, moments = [], torch.zeros(3, dtype=torch.double, device=device)  # tokens, sum of A, sum of A^2
+    for name, batch in progress(batches, "pi_old"):
+        before = Before(per_token(batch, [s.advantage for s in batch], device), per_token(batch, [s.weight for s in batch], device))
+        if TABLE[name].data == "rollout":
+            ids, response = collate(batch, device)
+            logp = policy(ids, response)[0][None]
+            sampler = per_token(batch, [s.sampler_logp for s in batch], device)
+            value = critic(ids, response)[None] if critic else None
+            if batch:
+                old_logp, factor = PI_OLD[args.pi_ref](logp, sampler, args.tis_cap)
+                before = before._replace(old_logp=old_logp, weight=before.weight * factor)
+                gap = logp - sampler
+                totals["mismatch_kl"] += (gap.exp() - 1 - gap).sum().item()
+                totals["mismatch_max"] = max(totals["mismatch_max"], gap.abs().max().item())
+                totals["old_tokens"] += gap.numel()
+            if batch and critic:
+                A = packed_gae(batch, value, args.gae_gamma, args.gae_lambda)
+                before = before._replace(advantage=A, value=value, returns=A + value)
+                moments += torch.stack([torch.ones_like(A).sum(), A.sum(), A.square().sum()])
+                totals["returns"] += before.returns.sum().item()
+                totals["returns_sq"] += before.returns.square().sum().item()
+        befores.append(before)
+    if critic:
+        dist.all_reduce(moments)
+        n, total, squares = moments.tolist()
+        mean, std = total / n, math.sqrt(max(0.0, squares / n - (total / n) ** 2))
+        totals["advantage_var"] = std**2 / dist.get_world_size()  # every rank has it, and totals are summed
+        befores = [b._replace(advantage=(b.advantage - mean) / (std + 1e-8)) for b in befores]
+    return befores
 
 
-def accumulate_gradient(policy, batches, old_logps, clip_eps, entropy_coef, device, totals):
-    """Add the gradient of L over this rank's micro-batches of one row; FSDP sums it over the ranks.
+def packed_gae(batch, value, gamma, lam):
+    """GAE of B sequences whose reward comes with the last token: value (1, n) to advantages (1, n)."""
+    lengths = torch.tensor([len(s.response) for s in batch], device=value.device)
+    values = pad_sequence(value[0].split(lengths.tolist()), batch_first=True)  # (B, T)
+    valid = torch.arange(values.shape[1], device=value.device) < lengths[:, None]
+    rewards = torch.zeros_like(values)
+    rewards[torch.arange(len(batch)), lengths - 1] = torch.tensor([s.advantage for s in batch], dtype=values.dtype, device=value.device)
+    return gae(rewards, values, valid, gamma, lam)[valid][None]
+
+
+def accumulate_gradient(policy, batches, befores, args, device, totals):
+    """Add the gradient of L over this rank's micro-batches, (row, sequences) pairs; FSDP sums it over the ranks.
 
     Every denominator is inside the sequences' weights: micro-batches and ranks only split a sum.
     """
-    for batch, old_logp in progress(list(zip(batches, old_logps, strict=True)), "update"):
-        logp, entropy = policy(*collate(batch, device), with_entropy=entropy_coef > 0)
-        logp = logp[None]  # (1, n), packed
+    eps = None if args.clip_eps is None else (args.clip_eps, args.clip_eps)
+    for (name, batch), before in progress(list(zip(batches, befores, strict=True)), "update"):
+        row = TABLE[name]
+        bonus = args.entropy_coef if row.data == "rollout" else 0.0
+        logp, entropy = policy(*collate(batch, device), with_entropy=bonus > 0 or row.factor is not factor_one)
+        logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, n), packed
         loss = 0.0 * logp.sum()  # a rank without work still takes part in FSDP's exchanges
         if batch:
-            row = TABLE[batch[0].row]
             seq = per_token(batch, list(range(len(batch))), device).long()
-            advantage = per_token(batch, [s.advantage for s in batch], device)
-            weight = per_token(batch, [s.weight for s in batch], device)
-            eps = None if clip_eps is None else (clip_eps, clip_eps)
-            loss, stable = upge_loss(row, logp, torch.ones_like(seq, dtype=torch.bool), advantage, weight, old_logp, seq, eps)
+            loss, stable = upge_loss(row, logp, torch.ones_like(seq, dtype=torch.bool), before.advantage, before.weight,
+                                     before.old_logp, seq, eps, entropy)
             if row.data == "rollout":
                 totals["rl_loss"] += loss.item()
                 totals["rl_tokens"] += logp.numel()
                 totals["clipped"] += (stable == 0).sum().item()
-                totals["kl"] += (kl := logp.detach() - old_logp).exp().sub(1 + kl).sum().item()
-                if entropy is not None:
-                    loss = loss - entropy_coef * (weight * entropy).sum()
+                totals["kl"] += (kl := logp.detach() - before.old_logp).exp().sub(1 + kl).sum().item()
+                if bonus:
+                    loss = loss - bonus * (before.weight * entropy).sum()
             else:
                 parts = logp.detach()[0].split([len(s.response) for s in batch])
                 totals["nll"] -= sum(part.mean().item() for part in parts)
                 totals["demonstrations"] += len(batch)
+                totals["demo_tokens"] += logp.numel()
         totals["padded"] += logp.numel() if not batch else len(batch) * max(len(s.prompt + s.response) for s in batch)
         totals["tokens"] += sum(len(s.prompt + s.response) for s in batch)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; L is a sum
 
 
-def step_optimizer(policy, optimizer, args, updates_done):
+def accumulate_critic_gradient(critic, batches, befores, value_clip, device, totals):
+    """Add the gradient of PPO's clipped value loss over this rank's micro-batches, with the policy's weights.
+
+        sum_t N_t 1/2 max( (V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2 )
+    """
+    for (_, batch), before in progress(list(zip(batches, befores, strict=True)), "critic"):
+        value = critic(*collate(batch, device))[None]  # (1, n)
+        loss = 0.0 * value.sum()
+        if batch:
+            near = before.value + (value - before.value).clamp(-value_clip, value_clip)
+            worst = torch.maximum((value - before.returns).square(), (near - before.returns).square())
+            loss = 0.5 * (before.weight * worst).sum()
+            totals["value_loss"] += loss.item()
+        (loss * dist.get_world_size()).backward()
+
+
+def step_optimizer(module, optimizer, lr, warmup_steps, max_norm, updates_done):
     """Clip, step, clear; return the gradient norm. One that is not finite skips the step, says so, and harms nothing."""
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1.0, (updates_done + 1) / max(1, args.warmup_steps))
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
+        group["lr"] = lr * min(1.0, (updates_done + 1) / max(1, warmup_steps))
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor().item()
     if math.isfinite(norm):
         optimizer.step()
     elif dist.get_rank() == 0:
@@ -349,10 +392,12 @@ def main(args):
     """Algorithm 1. Every rank runs it; what is random depends on (seed, step, problem) and on no rank."""
     # 0. All that a user can get wrong is checked before anything heavy starts.
     rollout.check_vllm()
-    rl, sft = method = METHODS[args.method]  # row of the table for rollouts, for demonstrations; None where unused
+    method = METHODS[args.method]
+    n = args.samples_per_prompt - (method.meet == "group") if method.rollout else 0  # rollouts a prompt
+    score_demos = any(TABLE[name].advantage is not adv_one for name in method.demo)
     config, tokenizer = data.load_config_and_tokenizer(args.model, args.rope_theta, args.max_position_embeddings)
     data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
-    problems, left_out = load_problems(args, args.data, tokenizer, need_demonstration=sft is not None)
+    problems, left_out = load_problems(args, args.data, tokenizer, need_demonstration=bool(method.demo))
     held_out, _ = load_problems(args, args.eval_data, tokenizer) if args.eval_data else ([], None)
     workers = min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
@@ -369,13 +414,18 @@ def main(args):
                             tensor_parallel=args.tensor_parallel, seed=args.seed,
                             gpu_memory_utilization=args.gpu_memory_utilization)
         rollout.sleep(llm)
-        policy = build_policy(args, config, device)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+        adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+        policy = model.build_policy(args, config, device)
+        optimizer = adamw(policy.parameters(), lr=args.lr)
+        critic = None
+        if method.rollout and TABLE[method.rollout].advantage is gae:
+            critic = model.build_critic(args, config, device)
+            critic_optimizer = adamw(critic.parameters(), lr=args.critic_lr)
         if chief:
-            report.print_plan(args, out, policy, tokenizer, problems, left_out, held_out)
+            report.print_plan(args, out, policy, tokenizer, problems, left_out, held_out, n)
 
         def sample(share):  # of (prompt ids, seed) pairs
-            return rollout.generate(llm, [ids for ids, _ in share], [seed for _, seed in share], n=args.samples_per_prompt,
+            return rollout.generate(llm, [ids for ids, _ in share], [seed for _, seed in share], n=n,
                                     max_response_tokens=args.max_response_tokens, temperature=args.temperature,
                                     progress="rollouts" if chief else None)
 
@@ -383,7 +433,7 @@ def main(args):
             return verifier.score([text for text, _ in share], [answer for _, answer in share])
 
         def sync():
-            rollout.load(llm, full_weights(policy, torch.bfloat16 if gpu else torch.float32))
+            rollout.load(llm, model.full_weights(policy, torch.bfloat16 if gpu else torch.float32))
 
         def measure_held_out():
             results = evaluate.measure(llm, verifier, held_out, samples=args.eval_samples, seed=args.seed,
@@ -399,59 +449,70 @@ def main(args):
 
         for step in range(1, args.steps + 1):
             lap, totals = stopwatch(), collections.defaultdict(float)
-            prompts = [problems[i] for i in draw(len(problems), step, args.prompts_per_step, args.seed)]
+            drawn = [problems[i] for i in draw(len(problems), step, args.prompts_per_step, args.seed)]
 
             # 1. n rollouts of each prompt from the policy as it is.
-            rolled = [[]] * len(prompts)
-            if rl:
-                seeds = [rollout.derive_seed(args.seed, step, i) for i in range(len(prompts))]
-                rolled = rollout.spread([(p["prompt_ids"], s) for p, s in zip(prompts, seeds)], sample, args.tensor_parallel)
+            rolled = [[]] * len(drawn)
+            if method.rollout:
+                seeds = [rollout.derive_seed(args.seed, step, i) for i in range(len(drawn))]
+                rolled = rollout.spread([(p["prompt_ids"], s) for p, s in zip(drawn, seeds)], sample, args.tensor_parallel)
             rollout.sleep(llm)
             times = {"rollout": lap()}
 
-            # 2. Rewards, 0 or 1 from the verifier.
+            # 2. Rewards, 0 or 1 from the verifier; of a demonstration too, where it is compared with rollouts.
             timeouts = verifier.timeouts
-            scores = iter(rollout.spread([(r.text, p["answer"]) for p, rs in zip(prompts, rolled) for r in rs], score))
-            rewards = [[next(scores) for _ in rs] for rs in rolled]
+            texts = [[r.text for r in rs] + [p["demonstration"]] * score_demos for p, rs in zip(drawn, rolled)]
+            scores = iter(rollout.spread([(text, p["answer"]) for p, group in zip(drawn, texts) for text in group], score))
+            rewards = [[next(scores) for _ in group] for group in texts]
+            demo_rewards = [group.pop() if score_demos else 1.0 for group in rewards]
             totals["timeouts"] = verifier.timeouts - timeouts
             times["reward"] = lap()
 
             # 3. The gate: a prompt's rollouts (alpha) where the model succeeds, its demonstration (beta) where it fails.
-            if rl and sft:
-                correct = torch.tensor([round(sum(r)) for r in rewards])
-                alpha, beta = (x.tolist() for x in hpt_gate(correct, args.samples_per_prompt, args.gamma))
+            if method.meet == "gate":
+                correct = torch.tensor([round(sum(group)) for group in rewards])
+                alpha, beta = (x.tolist() for x in GATES[args.gate](correct, n, args.gamma))
             else:
-                alpha, beta = [int(rl is not None)] * len(prompts), [int(sft is not None)] * len(prompts)
+                alpha, beta = [float(bool(method.rollout))] * len(drawn), [float(bool(method.demo))] * len(drawn)
+            prompts = [Prompt(*fields) for fields in zip(drawn, rolled, rewards, demo_rewards, alpha, beta, strict=True)]
 
             # 4. Shuffled mini-batches of prompts, each with its own demonstrations; their number never depends on the gate.
-            order = shuffled(len(prompts), args.seed, "mini-batches", step)
-            batches = []  # per optimizer step this rank's micro-batches: (of rollouts, of demonstrations)
-            for k in range(args.minibatches_per_step):
-                chunk = [(prompts[q], rolled[q], rewards[q], alpha[q], beta[q]) for q in order[k :: args.minibatches_per_step]]
+            order, k = shuffled(len(prompts), args.seed, "mini-batches", step), args.minibatches_per_step
+            minibatches = []  # per optimizer step this rank's micro-batches, (row, sequences) pairs
+            for chunk in ([prompts[q] for q in order[i::k]] for i in range(k)):
                 parts = build_sequences(chunk, method, args.sft_coef, args.max_response_tokens)
-                batches.append([plan_microbatches(part, world, args.tokens_per_microbatch)[rank] for part in parts])
-            old_logps = [reference_logp(policy, online, device, totals) for online, _ in batches]
-            grad_norms = []
-            for (online, offline), old in zip(batches, old_logps):
-                accumulate_gradient(policy, online + offline, old + [None] * len(offline), args.clip_eps,
-                                    args.entropy_coef, device, totals)
-                grad_norms.append(step_optimizer(policy, optimizer, args, updates))
+                minibatches.append([(row, batch) for row, sequences in parts.items()
+                                    for batch in plan_microbatches(sequences, world, args.tokens_per_microbatch)[rank]])
+            befores = iter(before_update(policy, critic, sum(minibatches, []), args, device, totals))
+            grad_norms, seen = [], {}
+            for batches in minibatches:
+                given = [next(befores) for _ in batches]
+                if args.probe_gradients and step % args.probe_gradients == 0 and not seen:
+                    seen = probe.probe(policy, batches, given, functools.partial(accumulate_gradient, args=args, device=device))
+                accumulate_gradient(policy, batches, given, args, device, totals)
+                grad_norms.append(step_optimizer(policy, optimizer, args.lr, args.warmup_steps, args.max_grad_norm, updates))
+                if critic:
+                    accumulate_critic_gradient(critic, batches, given, args.value_clip, device, totals)
+                    step_optimizer(critic, critic_optimizer, args.critic_lr, args.warmup_steps, args.max_grad_norm, updates)
                 updates += 1
             times["train"] = lap()
 
             # 5. The sampler takes the new weights; metrics, checkpoint.
             sync()
             times["sync"] = lap()
-            metrics = report.step_metrics(args, step, rolled, rewards, beta, reduced(totals), grad_norms, times, policy)
+            metrics = report.step_metrics(args, step, prompts, reduced(totals), grad_norms, times, policy) | seen
             last = step == args.steps
             if held_out and (last or args.eval_every and step % args.eval_every == 0):
                 after, scores = measure_held_out()
                 metrics |= scores
             report.log(out, metrics)
-            report.log_samples(out, step, prompts, rolled, rewards, beta)
+            report.log_samples(out, step, prompts)
             offline_ratios.append(metrics["hpt/offline_ratio"])
             if last or args.save_every and step % args.save_every == 0:
-                save(policy, tokenizer, out / ("final" if last else f"step_{step:06d}"), device)
+                checkpoint = out / ("final" if last else f"step_{step:06d}")  # plain Hugging Face directories
+                model.save(policy, tokenizer, checkpoint, device)
+                if critic:
+                    model.save(critic, tokenizer, checkpoint / "critic", device)
         rollout.close(llm)
     if chief:
         report.closing_table(args, out, (before, after) if held_out else None, offline_ratios)

@@ -11,20 +11,26 @@ but pi_theta is detached and each token has a weight N_t (the normaliser the pap
 
 An algorithm is a choice of components, a row of TABLE below (`python upge.py` prints it):
 
-    algorithm    data      1_stable    pi_ref             A             N
-    sft          demo      1           pi_theta           1             per sequence
-    reinforce    rollout   1           pi_theta           +1 / -1       per sequence
-    ppo          rollout   clip(r)     pi_old             GAE           per token
-    grpo         rollout   clip(r)     pi_old             (R-mean)/std  per sequence
-    dr_grpo      rollout   clip(r)     pi_old             R - mean      constant L_max
-    cispo        rollout   1           max(pi_old, ...)   (R-mean)/std  per token of the group
-    gspo         rollout   clip(s)     pi_theta / s       (R-mean)/std  per sequence
-    srft_demo    demo      1           1                  (R-mean)/std  constant L_max
-    luffy_demo   demo      1           (pi_theta+g)^2/g   (R-mean)/std  constant L_max
+    algorithm    data      1_stable    pi_ref             A                    N
+    sft          demo      1           pi_theta           1                    per sequence
+    dft          demo      1           1                  1                    per sequence
+    reinforce    rollout   1           pi_theta           +1 / -1              per sequence
+    rloo         rollout   1           pi_theta           R - mean of others   constant L_max
+    ppo          rollout   clip(r)     pi_old             GAE                  per token
+    grpo         rollout   clip(r)     pi_old             (R-mean)/std         per sequence
+    dr_grpo      rollout   clip(r)     pi_old             R - mean             constant L_max
+    dapo         rollout   clip(r)     pi_old             (R-mean)/std         per token
+    cispo        rollout   1           max(pi_old, ...)   (R-mean)/std         per token of the group
+    gspo         rollout   clip(s)     pi_theta / s       (R-mean)/std         per sequence
+    luffy        rollout   1           pi_old             R - mean             constant L_max
+    luffy_demo   demo      1           (pi_theta+g)^2/g   R - mean             constant L_max
+    srft         rollout   1           pi_theta           +0.1 exp(H) / -1     constant L_max
+    srft_sft     demo      1           pi_theta           0.5 exp(-H)          constant L_max
+    srft_demo    demo      1           1                  (R-mean)/std         constant L_max
 
 HPT is no row of its own: per question, `hpt_gate` chooses the dr_grpo row where the model's
-rollouts succeed and the sft row where they fail. The value of the surrogate means nothing; only
-its gradient is the algorithm.
+rollouts succeed and the sft row where they fail. LUFFY and SRFT add up their rows over groups of
+rollouts and a demonstration. The value of the surrogate means nothing; only its gradient does.
 
 Example: one Dr. GRPO gradient, three rollouts of one prompt, four tokens at most.
 
@@ -58,6 +64,7 @@ class Tokens(NamedTuple):
     valid: Tensor  # bool
     seq: Tensor  # int64, the sequence a token belongs to, 0 .. B-1
     eps: tuple[float, float]  # clip range below and above 1
+    entropy: Tensor | None  # of pi_theta at each token, nats
 
 
 # ---- reference policy: log pi_ref, shape of `t.logp`. The first line of a docstring is its name in the printed table.
@@ -120,7 +127,7 @@ def clip_mask(ratio, advantage, eps):
     return (~flat).to(ratio.dtype)
 
 
-# ---- advantage: from rewards (..., G), one group a row, to the same shape
+# ---- advantage: from rewards (..., G), one group a row, to the same shape; a demonstration's reward is part of its group
 
 def adv_one(rewards):
     """1"""
@@ -137,6 +144,13 @@ def adv_centred(rewards):
     """
     same = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
     return torch.where(same, 0, rewards - rewards.mean(-1, keepdim=True))
+
+def adv_leave_one_out(rewards):
+    """R - mean of others
+
+    RLOO (arXiv 2402.14740): the baseline is the mean of the other G-1; G/(G-1) times R - mean.
+    """
+    return adv_centred(rewards) * rewards.shape[-1] / max(1, rewards.shape[-1] - 1)
 
 def adv_standardised(rewards, eps=1e-6):
     """(R - mean)/(std + 1e-6)
@@ -161,6 +175,22 @@ def gae(rewards, values, valid, gamma=1.0, lam=1.0):
         value_after = torch.where(valid[:, i], values[:, i], 0.0)
         advantages[:, i] = after
     return advantages
+
+
+# ---- SRFT's factor on A, from H, the mean entropy of pi_theta over the sequence; no gradient passes through it. Deviation:
+# SRFT's own code has exp(+H) on its SFT term; this is the paper's re-implementation (PAPER: arXiv 2506.19767).
+
+def factor_one(t):
+    """1"""
+    return 1.0
+
+def factor_srft(t):
+    """0.1 exp(H) if A > 0"""
+    return torch.where(t.advantage > 0, 0.1 * sequence_mean(t.entropy, t.valid, t.seq).exp(), 1.0)
+
+def factor_srft_sft(t):
+    """0.5 exp(-H)"""
+    return 0.5 * (-sequence_mean(t.entropy, t.valid, t.seq)).exp()
 
 
 # ---- normaliser: weight of each token of a sequence, (B,) float64. `lengths` (B,) tokens, `group` (B,) the prompt a
@@ -198,37 +228,32 @@ def sequence_mean(x, valid, seq):
 # ---- the table
 
 class Row(NamedTuple):
-    """One algorithm: where its tokens come from, its four components' choices, its usual clip range."""
+    """One algorithm: where its tokens come from, its components' choices, its usual clip range, SRFT's factor on A."""
     data: str  # "demo" or "rollout"
     stable: Callable
     log_ref: Callable
     advantage: Callable
     normaliser: Callable
     eps: tuple[float, float] = (0.2, 0.2)  # below, above
+    factor: Callable = factor_one
 
 
 TABLE = {
-    "sft":        Row("demo",    stable_always, ref_theta, adv_one,          per_sequence),  # Eq. 12
-    "reinforce":  Row("rollout", stable_always, ref_theta, adv_sign,         per_sequence),
-    "ppo":        Row("rollout", stable_ppo,    ref_old,   gae,              per_token),
-    "grpo":       Row("rollout", stable_ppo,    ref_old,   adv_standardised, per_sequence),
-    "dr_grpo":    Row("rollout", stable_ppo,    ref_old,   adv_centred,      per_constant),
-    "cispo":      Row("rollout", stable_always, ref_cispo, adv_standardised, per_group_token),
-    "gspo":       Row("rollout", stable_gspo,   ref_gspo,  adv_standardised, per_sequence, (3e-4, 4e-4)),
-    "srft_demo":  Row("demo",    stable_always, ref_one,   adv_standardised, per_constant),
-    "luffy_demo": Row("demo",    stable_always, ref_luffy, adv_standardised, per_constant),
-}
-
-# What `train_hpt.py --method` trains: the row for a prompt's rollouts and the row for its demonstration. Where there
-# are both, hpt_gate chooses between them, prompt by prompt.
-METHODS = {
-    "sft":       (None,        "sft"),
-    "reinforce": ("reinforce", None),
-    "grpo":      ("grpo",      None),
-    "dr_grpo":   ("dr_grpo",   None),
-    "cispo":     ("cispo",     None),
-    "gspo":      ("gspo",      None),
-    "hpt":       ("dr_grpo",   "sft"),
+    "sft":        Row("demo",    stable_always, ref_theta, adv_one,           per_sequence),  # Eq. 12
+    "dft":        Row("demo",    stable_always, ref_one,   adv_one,           per_sequence),  # arXiv 2508.05629
+    "reinforce":  Row("rollout", stable_always, ref_theta, adv_sign,          per_sequence),
+    "rloo":       Row("rollout", stable_always, ref_theta, adv_leave_one_out, per_constant),
+    "ppo":        Row("rollout", stable_ppo,    ref_old,   gae,               per_token),
+    "grpo":       Row("rollout", stable_ppo,    ref_old,   adv_standardised,  per_sequence),
+    "dr_grpo":    Row("rollout", stable_ppo,    ref_old,   adv_centred,       per_constant),
+    "dapo":       Row("rollout", stable_ppo,    ref_old,   adv_standardised,  per_token, (0.2, 0.28)),  # arXiv 2503.14476
+    "cispo":      Row("rollout", stable_always, ref_cispo, adv_standardised,  per_group_token),
+    "gspo":       Row("rollout", stable_gspo,   ref_gspo,  adv_standardised,  per_sequence, (3e-4, 4e-4)),
+    "luffy":      Row("rollout", stable_always, ref_old,   adv_centred,       per_constant),
+    "luffy_demo": Row("demo",    stable_always, ref_luffy, adv_centred,       per_constant),  # the paper's text divides by std
+    "srft":       Row("rollout", stable_always, ref_theta, adv_sign,          per_constant, factor=factor_srft),
+    "srft_sft":   Row("demo",    stable_always, ref_theta, adv_one,           per_constant, factor=factor_srft_sft),
+    "srft_demo":  Row("demo",    stable_always, ref_one,   adv_standardised,  per_constant),
 }
 
 
@@ -242,30 +267,48 @@ def hpt_gate(correct, n, gamma):
     return 1 - beta, beta
 
 
-def upge_loss(row, logp, valid, advantage, weight, old_logp=None, seq=None, eps=None):
+def smooth_gate(correct, n, gamma=None):
+    """A smooth pair of feedback functions, alpha = P and beta = 1 - P: two (N,) float64 tensors that sum to 1."""
+    alpha = correct.double() / n
+    return alpha, 1 - alpha
+
+
+# ---- whose log-probabilities pi_old is: (log pi_old, a factor on each token) from the trainer's and the sampler's, whose
+# engines never agree to the last bit at scale. "tis" is truncated importance sampling: the gradient is an expectation under
+# the sampler, and the factor, at most `cap`, makes it (nearly) one under pi_old.
+
+PI_OLD = {
+    "old": lambda trainer, sampler, cap: (trainer, torch.ones_like(trainer)),
+    "rollout": lambda trainer, sampler, cap: (sampler, torch.ones_like(trainer)),
+    "tis": lambda trainer, sampler, cap: (trainer, (trainer - sampler).exp().clamp(max=cap)),
+}
+
+
+def upge_loss(row, logp, valid, advantage, weight, old_logp=None, seq=None, eps=None, entropy=None):
     """The surrogate whose gradient is `row`'s policy gradient, and 1_stable: (scalar, tensor like logp).
 
     The surrogate is summed, not averaged, over tokens: the weights are the average.
     logp (B, T) or (1, T), the only tensor that gets a gradient; valid bool, same shape; advantage and weight
     broadcast to it (weight from `row.normaliser`, times any coefficient); old_logp same shape, log pi_old, needed
     where the row compares with it; seq int64, same shape, needed for packed rows alone; eps (below, above) defaults
-    to the row's own. Padding may hold anything, NaN included.
+    to the row's own; entropy same shape, needed by SRFT's rows. Padding may hold anything, NaN included.
     """
     with torch.no_grad():
         if seq is None:
             seq = torch.arange(logp.shape[0], device=logp.device)[:, None].expand_as(logp)
         old_logp = logp if old_logp is None else old_logp
-        t = Tokens(*(torch.where(valid, x, 0) for x in (logp, old_logp, advantage)), valid, seq, eps or row.eps)
+        t = Tokens(*(torch.where(valid, x, 0) for x in (logp, old_logp, advantage)), valid, seq, eps or row.eps, entropy)
         log_ref = row.log_ref(t)
         stable = row.stable(t)
-        coefficient = torch.where(valid, weight, 0).to(logp.dtype) * stable * t.advantage
+        coefficient = torch.where(valid, weight, 0).to(logp.dtype) * stable * row.factor(t) * t.advantage
     return -(coefficient * torch.exp(torch.where(valid, logp, 0) - log_ref)).sum(), stable
 
 
 if __name__ == "__main__":
     name = lambda component: component.__doc__.splitlines()[0]
     cells = [("algorithm", "data", "1_stable", "pi_ref", "A", "N (normaliser)")]
-    cells += [(key, row.data, *map(name, row[1:5])) for key, row in TABLE.items()]
+    cells += [(key, row.data, name(row.stable), name(row.log_ref), " * ".join(
+        name(f) for f in (row.factor, row.advantage) if f not in (factor_one,)), name(row.normaliser)) for key, row in TABLE.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print("grad J = sum_t N * 1_stable * (1/pi_ref) * A * grad pi_theta\n")
     for line in cells:
