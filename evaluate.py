@@ -4,7 +4,9 @@
     torchrun --nproc_per_node=8 evaluate.py --model ... --data ...        (the problems are split over the engines)
 """
 import argparse
+import json
 import math
+import os
 
 
 if __name__ == "__main__":
@@ -22,6 +24,7 @@ if __name__ == "__main__":
     parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share one engine")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="a .jsonl file, which must not exist, for the result of every problem")
 
 
 def pass_at_k(n, c, k):
@@ -41,7 +44,7 @@ def measure(llm, verifier, problems, *, samples, seed, max_response_tokens, temp
             progress=None):
     """Sample each problem (it has "prompt_ids") `samples` times and score: one dict a problem, in order.
 
-    {"level", "correct" (of `samples`), "lengths" (tokens), "truncated" (count)}. Every rank calls it with the same
+    {"prompt", "level", "samples", "correct", "lengths" (tokens), "truncated" (count)}. Every rank calls it with the same
     arguments and gets the whole list.
     """
     import rollout
@@ -52,11 +55,17 @@ def measure(llm, verifier, problems, *, samples, seed, max_response_tokens, temp
                                   max_response_tokens=max_response_tokens, temperature=temperature, progress=progress)
         rewards = verifier.score([r.text for group in rolled for r in group],
                                  [p["answer"] for _, p in jobs for _ in range(samples)])
-        return [{"level": p.get("level"), "correct": int(sum(rewards[j * samples : (j + 1) * samples])),
+        return [{"prompt": p["prompt"], "level": p.get("level"), "samples": samples, "correct": int(sum(rewards[j * samples : (j + 1) * samples])),
                  "lengths": [len(r.ids) for r in group], "truncated": sum(r.truncated for r in group)}
                 for j, ((_, p), group) in enumerate(zip(jobs, rolled))]
 
     return rollout.spread(list(enumerate(problems)), work, group=tensor_parallel)
+
+
+def write(path, results, **more):
+    """Append the results to a .jsonl file, a problem a line, each with what `more` says."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps(more | result) + "\n" for result in results)
 
 
 def by_level(results):
@@ -82,6 +91,8 @@ def main(args):
                       ("--top-p", not 0 < args.top_p <= 1), ("--max-response-tokens", args.max_response_tokens < 1)):
         if bad:
             raise SystemExit(f"error: {flag}: out of range")
+    if args.out and os.path.exists(args.out):
+        raise SystemExit(f"error: --out {args.out} exists already: name another file, or remove it")
     rollout.check_vllm()
     config, tokenizer = data.load_config_and_tokenizer(args.model)
     system = data.SYSTEM if args.system_prompt is None else args.system_prompt
@@ -99,6 +110,8 @@ def main(args):
                           tensor_parallel=args.tensor_parallel, progress="evaluate" if rank == 0 else None)
         rollout.close(llm)
     if rank == 0:
+        if args.out:
+            write(args.out, results)
         print(f"{args.model} on {args.data}: {len(problems)} problems ({long_prompts} left out, prompt too long), "
               f"{args.samples} samples each, temperature {args.temperature}, top-p {args.top_p}, at most "
               f"{args.max_response_tokens} tokens, template {args.template}, seed {args.seed}")

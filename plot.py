@@ -15,6 +15,12 @@ PANELS = {  # metric -> title; a panel that no run has is left out
     "sft/nll": "NLL of the demonstrations taken",
     "mismatch/kl": "KL(sampler || trainer)",
     "optim/grad_norm": "gradient norm before clipping",
+    "critic/explained_variance": "critic: explained variance",
+    "probe/rl_norm": "norm of the RL gradient",
+    "probe/sft_norm": "norm of the SFT gradient",
+    "probe/cosine": "cosine of the RL and the SFT gradient",
+    "probe/rl_variance": "RL: variance over prompts",
+    "probe/sft_variance": "SFT: variance over prompts",
     "eval/pass@1": "held-out accuracy",
 }
 
@@ -35,17 +41,21 @@ def read_metrics(run):
     return series
 
 
-def plot(runs, path):
-    """Draw the PANELS that the `runs` (directories) have into the PNG `path`, a line a run."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("error: curves need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def mean_over(runs):
+    """{metric: [(step, mean), ...]} of several run directories, over the runs that have the metric at the step."""
+    values = {}
+    for run in runs:
+        for name, points in read_metrics(run).items():
+            for step, value in points:
+                values.setdefault(name, {}).setdefault(step, []).append(value)
+    return {name: [(step, sum(v) / len(v)) for step, v in sorted(steps.items())] for name, steps in values.items()}
 
-    series = {Path(run).name: read_metrics(run) for run in runs}
-    panels = {name: title for name, title in PANELS.items() if any(name in s for s in series.values())}
+
+def plot(runs, path, panels=PANELS):
+    """Draw the panels that any run has into the PNG `path`, a line a label: runs is {label: run directories to average}."""
+    pyplot = _pyplot()
+    series = {label: mean_over(directories) for label, directories in runs.items()}
+    panels = {name: title for name, title in panels.items() if any(name in s for s in series.values())}
     columns = min(3, max(1, len(panels)))
     figure, axes = pyplot.subplots(-(-len(panels) // columns) or 1, columns, squeeze=False, layout="constrained",
                                    figsize=(4.2 * columns, 2.7 * (-(-len(panels) // columns) or 1)))
@@ -66,11 +76,36 @@ def plot(runs, path):
     pyplot.close(figure)
 
 
+def pass_at_k(ks, curves, path):
+    """Draw {label: pass@k, %, at each of ks} into the PNG `path`."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
+    for label, values in curves.items():
+        axis.plot(ks, values, label=label, marker="o", markersize=3, linewidth=1.2)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ks, map(str, ks))
+    axis.set(xlabel="k", ylabel="pass@k, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("error: curves need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="output directories of runs")
     parser.add_argument("--out", default="curves.png")
     args = parser.parse_args()
-    plot(args.runs, args.out)
+    plot({Path(run).name: [run] for run in args.runs}, args.out)
     print(args.out)

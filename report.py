@@ -27,7 +27,7 @@ def step_metrics(args, step, prompts, totals, grad_norms, times, policy):
     responses = [r for p in prompts for r in p.rolled]
     online, offline = sum(len(p.rolled) for p in prompts if p.alpha), sum(p.beta > 0 for p in prompts)
     metrics = {"step": step, "hpt/sft_frac": statistics.fmean(p.beta for p in prompts), "hpt/offline_ratio": offline / (online + offline),
-               "data/rollouts": len(responses), "data/demo_tokens": totals["demo_tokens"]}
+               "data/rollouts": len(responses), "data/demo_tokens": sum(len(p.problem["demo_ids"]) for p in prompts if p.beta)}
     if responses:
         flat, lengths = [r for rs in rewards for r in rs], [len(r.ids) for r in responses]
         metrics |= {
@@ -132,7 +132,9 @@ def closing_table(args, out, held_out, offline_ratios):
     few = max(1, min(5, len(offline_ratios)))
     print(f"\noffline ratio, mean of {few} steps: {statistics.fmean(offline_ratios[:few]):.3f} at the start, "
           f"{statistics.fmean(offline_ratios[-few:]):.3f} at the end")
-    plot.plot([out], out / "curves.png")
+    plot.plot({out.name: [out]}, out / "curves.png")
     for name, what in {"metrics.jsonl": "every metric of every step", "samples.jsonl": "a few rollouts of every step",
+                       "held_out.jsonl": "every held-out problem at every evaluation",
                        "curves.png": "the curves", "config.json": "flags, versions, commit", "final": "the model"}.items():
-        print(f"  {out / name}: {what}")
+        if (out / name).exists():
+            print(f"  {out / name}: {what}")

@@ -155,7 +155,10 @@ def test_vllm_missing_or_of_another_version(monkeypatch, found, sentence):
     (["--stpes", "3"], "unrecognized arguments: --stpes"), (["--step", "3"], "unrecognized arguments: --step"),
     (["--steps", "0"], "--steps must be at least 1"), (["--lr", "0"], "--lr must be above 0"),
     (["--minibatches-per-step", "64", "--prompts-per-step", "4"], "needs at least as many --prompts-per-step"),
-    (["--out", "."], "exists already"), (["--data", "x.jsonl"], "--data needs a --model"), (["--method", "dpo"], "invalid choice")])
+    (["--out", "."], "exists already"), (["--data", "x.jsonl"], "--data needs a --model"), (["--method", "dpo"], "invalid choice"),
+    (["--method", "luffy", "--samples-per-prompt", "1"], "--samples-per-prompt must be at least 2"),
+    (["--critic", "x"], "--critic is for --method ppo"), (["--method", "ppo", "--critic", "x"], "--critic x: no model directory"),
+    (["--gae-lambda", "2"], "--gae-lambda is a discount, from 0 to 1"), (["--tis-cap", "0"], "--tis-cap must be above 0")])
 def test_bad_flags(capsys, flags, sentence):
     with pytest.raises(SystemExit) as stop:
         train_hpt.parse_args(flags)

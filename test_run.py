@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import toy
+from train_hpt import METHODS
 
 HERE = Path(__file__).parent
 SMALL = ["--prompts-per-step", "8", "--eval-samples", "1"]
@@ -95,6 +96,52 @@ def test_two_ranks_are_one(toy_run, tmp_path):
         for key in ("optim/grad_norm", "policy/entropy", "sft/nll"):
             assert got[key] == pytest.approx(want[key], rel=1e-5), (name, key)
     assert want["optim/grad_norm"] != pytest.approx(metrics(toy_run[0])[1]["optim/grad_norm"], rel=1e-3)  # negative control
+
+
+ELSEWHERE = {"hpt", "sft", "reinforce", "grpo", "dr_grpo", "cispo", "gspo"}  # run above and by the families below
+FLAGS = {"hpt_mix": ["--gate", "smooth", "--pi-ref", "tis", "--probe-gradients", 2], "hpt_off": ["--pi-ref", "rollout", "--gamma", 0.25]}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ELSEWHERE])
+def test_other_methods(tmp_path, method):
+    """Three steps of every method; what it uses is what its row says it uses."""
+    out, ranks = tmp_path / "out", 2 if method == "ppo" else 1
+    flags = ["--method", method, "--model", toy.BASE, "--data", level_rows(tmp_path), "--prompts-per-step", 8, "--samples-per-prompt", 4,
+             "--max-prompt-tokens", 16, "--max-response-tokens", 112, "--lr", 1e-3]
+    run("train_hpt.py", *flags, *FLAGS.get(method, []), "--steps", 3, "--out", out, ranks=ranks)
+    rows, (rl, demo, meet) = metrics(out), METHODS[method]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["data/rollouts"] == 8 * (0 if not rl else 3 if meet == "group" else 4)
+        assert (row["data/demo_tokens"] > 0) == bool(demo) and row["optim/grad_norm"] > 0 and row["optim/skipped"] == 0
+        if rl and meet != "gate":
+            assert row["mismatch/logp_max"] < 1e-4
+        if meet == "group":
+            assert row["hpt/offline_ratio"] == pytest.approx(1 / 4)
+    if method == "hpt_mix":
+        assert all(row["hpt/sft_frac"] == pytest.approx(1 - row["reward/mean"]) for row in rows)  # beta = 1 - P
+        assert [("probe/sft_norm" in row) for row in rows] == [False, True, False]
+    if method == "ppo":
+        from transformers import AutoModelForTokenClassification
+        critic = AutoModelForTokenClassification.from_pretrained(out / "final/critic")
+        assert critic.score.weight.abs().max() > 0  # it began at 0
+        run("train_hpt.py", *flags, "--critic", out / "final/critic", "--steps", 1, "--out", tmp_path / "more")
+        assert rows[0]["critic/explained_variance"] == pytest.approx(0, abs=1e-5)
+        assert abs(metrics(tmp_path / "more")[0]["critic/explained_variance"]) > 1e-4  # restored
+
+
+def test_comparison(tmp_path):
+    """The comparison's own command, cut short: it trains, starts one run from another's end, reports, and goes on where it was."""
+    flags = ["--only", "SFT", "SFT -> GRPO", "--seeds", 1, "--steps", 1, "--samples", 2, "--out", tmp_path]
+    command = [sys.executable, "compare.py", *map(str, flags)]
+    printed = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout
+    table = (tmp_path / "comparison.md").read_text()
+    assert table in printed + "\n" and all(f"| {label} | 1 |" in table for label in ("SFT", "SFT -> GRPO")) and "| base |" in table
+    assert (tmp_path / "comparison.png").exists() and (tmp_path / "pass.png").exists()
+    config = json.loads((tmp_path / "sft-then-grpo-seed0/config.json").read_text())
+    assert config["flags"]["model"] == str(tmp_path / "sft-seed0/final")
+    again = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout
+    assert again.count("(was there)") == 2 and table in again + "\n"
 
 
 FAMILIES = [  # family, tied embeddings, template, data, method

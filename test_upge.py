@@ -499,6 +499,59 @@ def test_probe_is_what_prompt_by_prompt_gradients_say(gradients):
     assert seen["probe/rl_variance"] != pytest.approx(rl.var(0, correction=0).sum().item(), rel=1e-2)  # negative control
 
 
+def fit_critic(rank, port, path):
+    """In a process of its own: explained variance on fresh rollouts before and after PPO's critic update, and on shuffled rewards.
+
+    A response is worth 1 if its first token is odd, else 0, and nothing foretells that token: V is 1/2 before it, R after.
+    """
+    import collections
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from transformers import Qwen2ForTokenClassification
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
+    torch.manual_seed(6)
+    config = tiny_lm().config
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    critic = fully_shard(Critic(Qwen2ForTokenClassification(config)))
+    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+    args = SimpleNamespace(**ARGS | {"gae_gamma": 1.0, "gae_lambda": 1.0})
+    policy = lambda ids, response: (torch.zeros(int(response.sum())), None)
+
+    def step(shuffled=False):
+        prompts = []
+        for _ in range(16):
+            rolled = [Rollout(torch.randint(3, 32, (6,)).tolist(), [0.0] * 6, False, "") for _ in range(4)]
+            rewards = [float((r.ids[-1] if shuffled else r.ids[0]) % 2) for r in rolled]
+            prompts.append(Prompt({"prompt_ids": [3, 4]}, rolled, rewards, 0.0, 1.0, 0.0))
+        batches = [("ppo", batch) for batch in plan_microbatches(build_sequences(prompts, METHODS["ppo"], 1.0, 8)["ppo"], 1, 512)[0]]
+        totals = collections.defaultdict(float)
+        befores = before_update(policy, critic, batches, args, torch.device("cpu"), totals)
+        returns = torch.cat([b.returns for b in befores], 1)
+        return batches, befores, 1 - totals["advantage_var"] / returns.var(correction=0).item()
+
+    before = step()[2]
+    for _ in range(150):
+        batches, befores, _ = step()
+        accumulate_critic_gradient(critic, batches, befores, 0.2, torch.device("cpu"), collections.defaultdict(float))
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save((before, step()[2], step(shuffled=True)[2]), path)
+    dist.destroy_process_group()
+
+
+def test_ppo_critic_fits_a_known_value_function(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(fit_critic, (port, tmp_path / "fit.pt"), nprocs=1)
+    before, after, shuffled = torch.load(tmp_path / "fit.pt")
+    assert before < 0.1
+    assert after == pytest.approx(5 / 6, abs=0.05)  # all that can be known: five states of six
+    assert shuffled < 0.1  # negative control: rewards that the states seen do not tell
+
+
 def test_hpt_for_every_gate_count(gradients):
     """For every K from 0 to N all ranks take part in equally many passes (or this hangs), and the gradient is right."""
     for gated in range(7):

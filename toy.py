@@ -77,7 +77,7 @@ def defaults():
     return dict(
         model=str(BASE), data=str(folder / "train.jsonl"), eval_data=str(folder / "held_out.jsonl"),
         max_prompt_tokens=16, max_response_tokens=112, prompts_per_step=32, steps=60, eval_every=10,
-        lr=1e-4, warmup_steps=5, tokens_per_microbatch=2048, gradient_checkpointing=False,
+        lr=1e-4, critic_lr=1e-3, warmup_steps=5, tokens_per_microbatch=2048, gradient_checkpointing=False,
     )
 
 

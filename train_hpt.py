@@ -351,7 +351,6 @@ def accumulate_gradient(policy, batches, befores, args, device, totals):
                 parts = logp.detach()[0].split([len(s.response) for s in batch])
                 totals["nll"] -= sum(part.mean().item() for part in parts)
                 totals["demonstrations"] += len(batch)
-                totals["demo_tokens"] += logp.numel()
         totals["padded"] += logp.numel() if not batch else len(batch) * max(len(s.prompt + s.response) for s in batch)
         totals["tokens"] += sum(len(s.prompt + s.response) for s in batch)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; L is a sum
@@ -435,15 +434,17 @@ def main(args):
         def sync():
             rollout.load(llm, model.full_weights(policy, torch.bfloat16 if gpu else torch.float32))
 
-        def measure_held_out():
+        def measure_held_out(step):
             results = evaluate.measure(llm, verifier, held_out, samples=args.eval_samples, seed=args.seed,
                                        max_response_tokens=args.max_response_tokens, temperature=args.temperature,
                                        tensor_parallel=args.tensor_parallel, progress="held-out problems" if chief else None)
+            if chief:
+                evaluate.write(out / "held_out.jsonl", results, step=step)
             return results, {f"eval/{name}": mean for name, (mean, _) in evaluate.summary(results, args.eval_samples).items()}
 
         sync()
         if held_out:
-            before, scores = measure_held_out()
+            before, scores = measure_held_out(0)
             report.log(out, {"step": 0} | scores)
         offline_ratios, updates = [], 0
 
@@ -503,7 +504,7 @@ def main(args):
             metrics = report.step_metrics(args, step, prompts, reduced(totals), grad_norms, times, policy) | seen
             last = step == args.steps
             if held_out and (last or args.eval_every and step % args.eval_every == 0):
-                after, scores = measure_held_out()
+                after, scores = measure_held_out(step)
                 metrics |= scores
             report.log(out, metrics)
             report.log_samples(out, step, prompts)

@@ -66,7 +66,6 @@ class Tokens(NamedTuple):
     eps: tuple[float, float]  # clip range below and above 1
     entropy: Tensor | None  # of pi_theta at each token, nats
 
-
 # ---- reference policy: log pi_ref, shape of `t.logp`. The first line of a docstring is its name in the printed table.
 
 def ref_theta(t):
@@ -90,19 +89,12 @@ def ref_cispo(t):
     return torch.maximum(t.old_logp, t.logp - math.log1p(t.eps[1]))
 
 def ref_gspo(t):
-    """pi_theta/s, s = mean ratio
-
-    s = exp(mean over the sequence of log(pi_theta/pi_old)), the geometric mean (arXiv 2507.18071).
-    """
+    """pi_theta/s, s = mean ratio"""  # geometric: exp(mean over the sequence of log(pi_theta/pi_old)) (arXiv 2507.18071)
     return t.logp - sequence_mean(t.logp - t.old_logp, t.valid, t.seq)
 
 def ref_luffy(t, g=0.1):
-    """(pi_theta+g)^2/g
-
-    From LUFFY's shaping f(x) = x/(x+g), whose slope is g/(x+g)^2 (arXiv 2504.14945).
-    """
+    """(pi_theta+g)^2/g"""  # from LUFFY's shaping f(x) = x/(x+g), whose slope is g/(x+g)^2 (arXiv 2504.14945)
     return 2 * (t.logp.exp() + g).log() - math.log(g)
-
 
 # ---- stabilisation mask: 1_stable in {0, 1}, shape of `t.logp`
 
@@ -126,8 +118,7 @@ def clip_mask(ratio, advantage, eps):
     flat = ((advantage > 0) & (ratio > 1 + eps[1])) | ((advantage < 0) & (ratio < 1 - eps[0]))
     return (~flat).to(ratio.dtype)
 
-
-# ---- advantage: from rewards (..., G), one group a row, to the same shape; a demonstration's reward is part of its group
+# ---- advantage: from rewards (..., G), one group a row, a demonstration's among them, to the same shape
 
 def adv_one(rewards):
     """1"""
@@ -138,18 +129,12 @@ def adv_sign(rewards):
     return 2 * rewards - 1
 
 def adv_centred(rewards):
-    """R - mean
-
-    A group whose rewards are all equal, or a group of one, gets exactly 0.
-    """
+    """R - mean"""  # a group whose rewards are all equal, or a group of one, gets exactly 0
     same = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
     return torch.where(same, 0, rewards - rewards.mean(-1, keepdim=True))
 
 def adv_leave_one_out(rewards):
-    """R - mean of others
-
-    RLOO (arXiv 2402.14740): the baseline is the mean of the other G-1; G/(G-1) times R - mean.
-    """
+    """R - mean of others, G/(G-1) times R - mean (RLOO, arXiv 2402.14740)"""
     return adv_centred(rewards) * rewards.shape[-1] / max(1, rewards.shape[-1] - 1)
 
 def adv_standardised(rewards, eps=1e-6):
@@ -176,22 +161,20 @@ def gae(rewards, values, valid, gamma=1.0, lam=1.0):
         advantages[:, i] = after
     return advantages
 
-
-# ---- SRFT's factor on A, from H, the mean entropy of pi_theta over the sequence; no gradient passes through it. Deviation:
-# SRFT's own code has exp(+H) on its SFT term; this is the paper's re-implementation (PAPER: arXiv 2506.19767).
+# ---- SRFT's factor on A, from H, the mean entropy of pi_theta over the sequence, detached. Deviation: SRFT's own code
+# (arXiv 2506.19767) has exp(+H) on its SFT term; this is how the authors of HPT ran it.
 
 def factor_one(t):
     """1"""
     return 1.0
 
 def factor_srft(t):
-    """0.1 exp(H) if A > 0"""
+    """0.1 exp(H) where A > 0"""
     return torch.where(t.advantage > 0, 0.1 * sequence_mean(t.entropy, t.valid, t.seq).exp(), 1.0)
 
 def factor_srft_sft(t):
     """0.5 exp(-H)"""
     return 0.5 * (-sequence_mean(t.entropy, t.valid, t.seq)).exp()
-
 
 # ---- normaliser: weight of each token of a sequence, (B,) float64. `lengths` (B,) tokens, `group` (B,) the prompt a
 # sequence belongs to, `prompts` the number of prompts in the optimizer step, HPT's two kinds together: fixed before
@@ -223,7 +206,6 @@ def sequence_mean(x, valid, seq):
     sums.index_add_(0, seq.flatten(), torch.where(valid, x, 0).flatten())
     counts.index_add_(0, seq.flatten(), valid.to(x.dtype).flatten())
     return (sums / counts.clamp(min=1))[seq]
-
 
 # ---- the table
 
@@ -273,14 +255,12 @@ def smooth_gate(correct, n, gamma=None):
     return alpha, 1 - alpha
 
 
-# ---- whose log-probabilities pi_old is: (log pi_old, a factor on each token) from the trainer's and the sampler's, whose
-# engines never agree to the last bit at scale. "tis" is truncated importance sampling: the gradient is an expectation under
-# the sampler, and the factor, at most `cap`, makes it (nearly) one under pi_old.
-
+# Whose pi_old: (log pi_old, a factor on each token) from the trainer's and the sampler's log-probabilities, which at scale
+# never agree to the last bit. "tis": the sampler drew the tokens, and truncated importance weights correct for it.
 PI_OLD = {
-    "old": lambda trainer, sampler, cap: (trainer, torch.ones_like(trainer)),
+    "old":     lambda trainer, sampler, cap: (trainer, torch.ones_like(trainer)),
     "rollout": lambda trainer, sampler, cap: (sampler, torch.ones_like(trainer)),
-    "tis": lambda trainer, sampler, cap: (trainer, (trainer - sampler).exp().clamp(max=cap)),
+    "tis":     lambda trainer, sampler, cap: (trainer, (trainer - sampler).exp().clamp(max=cap)),
 }
 
 
@@ -307,10 +287,12 @@ def upge_loss(row, logp, valid, advantage, weight, old_logp=None, seq=None, eps=
 if __name__ == "__main__":
     name = lambda component: component.__doc__.splitlines()[0]
     cells = [("algorithm", "data", "1_stable", "pi_ref", "A", "N (normaliser)")]
-    cells += [(key, row.data, name(row.stable), name(row.log_ref), " * ".join(
-        name(f) for f in (row.factor, row.advantage) if f not in (factor_one,)), name(row.normaliser)) for key, row in TABLE.items()]
+    product = lambda row: name(row.advantage) if row.factor is factor_one else f"({name(row.advantage)}) * ({name(row.factor)})"
+    cells += [(key, row.data, name(row.stable), name(row.log_ref), product(row), name(row.normaliser)) for key, row in TABLE.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print("grad J = sum_t N * 1_stable * (1/pi_ref) * A * grad pi_theta\n")
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-    print("\nhpt: per prompt, the dr_grpo row where P > gamma, the sft row where P <= gamma")
+    print("\nhpt: per prompt, the dr_grpo row where P > gamma, the sft row where P <= gamma\n"
+          "luffy: luffy + luffy_demo; srft: srft + srft_sft + luffy_demo; over groups of rollouts and a demonstration\n"
+          "pi_old: old, the trainer's; rollout, the sampler's; tis, the trainer's, times min(pi_old/pi_rollout, cap)")
