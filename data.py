@@ -11,26 +11,30 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 PLAIN = "Question:\n{prompt}\n" + SYSTEM + "\nAnswer:\nLet's think step by step."
 
 
-def load_problems(source, need_demonstration=False):
+def load_problems(source, need_demonstration=False, flag="--data"):
     """Read problems from a .jsonl, .json (a list) or .parquet file, or the hub data set `source` (split train).
 
     Rows have `prompt`, `answer`, `demonstration` as strings, or the layout of the paper's training set
     (Elliott/Openr1-Math-46k-8192): `prompt` a list of messages, `target` a list with the demonstration,
-    `reward_model.ground_truth` the answer. Raises SystemExit with the file and line of the first bad row.
+    `reward_model.ground_truth` the answer. Demonstrations are read where they are needed. Raises SystemExit with the
+    file and line of the first bad row; `flag` is the one that named the source.
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".parquet") or path.exists():
         if not path.is_file():
-            raise SystemExit(f"error: --data {source}: no such file")
+            what = "a directory; name a file in it" if path.is_dir() else "no such file"
+            raise SystemExit(f"error: {flag} {source}: {what}")
+        if path.suffix not in (".jsonl", ".json", ".parquet"):
+            raise SystemExit(f"error: {flag} {source}: a data file ends in .jsonl, .json or .parquet")
         rows = list(_read(path))
     else:
         datasets = _need("datasets")
         try:
             rows = list(enumerate(datasets.load_dataset(source, split="train"), 1))
         except Exception as error:  # the hub has dozens of ways to fail; each names its reason
-            raise SystemExit(f"error: --data {source}: not a file here, and as a hub data set it fails: {error}") from error
+            raise SystemExit(f"error: {flag} {source}: not a file here, and as a hub data set it fails: {error}") from error
     if not rows:
-        raise SystemExit(f"error: --data {source}: no rows")
+        raise SystemExit(f"error: {flag} {source}: no rows")
     return [_problem(row, f"{source}:{line}", need_demonstration) for line, row in rows]
 
 
@@ -52,7 +56,7 @@ def _read(path):
             raise SystemExit(f"error: {path}: not a parquet file: {error}") from error
         return
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SystemExit(f"error: {path}: not UTF-8 text: {error}") from error
     if path.suffix == ".json":
@@ -70,6 +74,8 @@ def _read(path):
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise SystemExit(f"error: {path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+            except RecursionError as error:
+                raise SystemExit(f"error: {path}:{number}: nested too deeply") from error
 
 
 def _problem(row, where, need_demonstration):
@@ -84,15 +90,24 @@ def _problem(row, where, need_demonstration):
             flat |= {"system": said["system"]} if "system" in said else {}
             flat |= {"demonstration": row["target"][0]["content"]} if row.get("target") else {}
         except (KeyError, TypeError, IndexError) as error:
-            raise SystemExit(f"error: {where}: 'prompt' is a list, but the row lacks {error} of the layout of "
-                             "Elliott/Openr1-Math-46k-8192 (prompt, target, reward_model.ground_truth)") from error
+            raise SystemExit(f"error: {where}: 'prompt' is a list, but the row lacks the layout of Elliott/Openr1-Math-46k-8192: "
+                             "'prompt' and 'target' lists of messages {role, content}, reward_model.ground_truth "
+                             f"({type(error).__name__}: {error})") from error
     for key in ("prompt", "answer") + ("demonstration",) * need_demonstration:
         if key not in flat:
             reason = "; this method trains on demonstrations" if key == "demonstration" else ""
             raise SystemExit(f"error: {where}: no '{key}' (it has: {', '.join(row)}){reason}")
         if not isinstance(flat[key], str) or not flat[key].strip():
             raise SystemExit(f"error: {where}: '{key}' must be a string that is not empty, not {flat[key]!r:.60}")
-    return {key: flat[key] for key in ("prompt", "answer", "demonstration", "system", "level") if flat.get(key) is not None}
+    kept = {key: flat[key] for key in ("prompt", "answer", *("demonstration",) * need_demonstration, "system", "level")
+            if flat.get(key) is not None}
+    if not isinstance(kept.get("level", ""), (str, int, float)):
+        raise SystemExit(f"error: {where}: 'level' must be a string or a number, not {kept['level']!r:.60}")
+    try:
+        "".join(value for value in kept.values() if isinstance(value, str)).encode()
+    except UnicodeEncodeError as error:
+        raise SystemExit(f"error: {where}: half of a surrogate pair, which is no character: {error}") from error
+    return kept
 
 
 def load_config_and_tokenizer(model, rope_theta=None, max_position_embeddings=None):
@@ -105,6 +120,8 @@ def load_config_and_tokenizer(model, rope_theta=None, max_position_embeddings=No
                          f"hub gives: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise SystemExit(f"error: --model {model}: its tokenizer has no end-of-sequence token")
+    if not tokenizer.encode("1+1", add_special_tokens=False):
+        raise SystemExit(f"error: --model {model}: its tokenizer is empty: are tokenizer.json and tokenizer_config.json there?")
     if rope_theta is not None and "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
         raise SystemExit(f"error: --rope-theta: a {config.model_type} model has no single rope_theta")
     return override(config, rope_theta, max_position_embeddings), tokenizer
@@ -125,6 +142,30 @@ def override(config, rope_theta=None, max_position_embeddings=None):
     return config
 
 
+def check_weights(model, config):
+    """SystemExit with one sentence unless the weights of a local model directory are whole and fit its config."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForCausalLM
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not Path(model).is_dir() or not files and any(Path(model).glob("*.bin")):
+        return  # the hub and torch check theirs
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                shapes |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        except (SafetensorError, OSError) as error:
+            raise SystemExit(f"error: --model {model}: {file.name} is broken: {error}") from error
+    with torch.device("meta"):
+        wanted = {name: list(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    for name in wanted:  # a checkpoint in which no name is known is left to transformers, which knows older layouts
+        if not files or shapes.keys() & wanted.keys() and shapes.get(name) != wanted[name]:
+            has = f"{name} has shape {shapes[name]}" if name in shapes else f"has no {name}"
+            raise SystemExit(f"error: --model {model}: the weights {has}, its config.json asks for {wanted[name]}"
+                             if files else f"error: --model {model}: no .safetensors or .bin file there")
+
+
 def check_context(config, max_prompt_tokens, max_response_tokens):
     """SystemExit unless prompt and response together fit the model's positions."""
     need, have = max_prompt_tokens + max_response_tokens, getattr(config, "max_position_embeddings", math.inf)
@@ -143,7 +184,7 @@ def render(problem, tokenizer, template="chat", system=SYSTEM):
     if template == "plain":
         return PLAIN.replace("{prompt}", problem["prompt"])
     if not tokenizer.chat_template:
-        raise SystemExit("error: this model's tokenizer has no chat template: use --template plain")
+        raise SystemExit(f"error: --model {tokenizer.name_or_path}: its tokenizer has no chat template: use --template plain")
     system = problem.get("system", "") if system == "data" else system
     messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": problem["prompt"]}]
     from jinja2 import TemplateError

@@ -9,8 +9,9 @@ import math
 import os
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+def parse_args(argv=None):
+    """The flags; imports nothing heavy."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="evaluate.py [flags]; --help lists them",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory or hub id")
     parser.add_argument("--data", required=True, help=".jsonl, .json or .parquet file, or hub id, as for train_hpt.py")
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="a .jsonl file, which must not exist, for the result of every problem")
+    return parser.parse_args(argv)
 
 
 def pass_at_k(n, c, k):
@@ -87,10 +89,17 @@ def main(args):
     import reward
     import rollout
 
-    for flag, bad in (("--samples", args.samples < 1), ("--temperature", args.temperature < 0),
-                      ("--top-p", not 0 < args.top_p <= 1), ("--max-response-tokens", args.max_response_tokens < 1)):
-        if bad:
-            raise SystemExit(f"error: {flag}: out of range")
+    for good, sentence in (
+            (args.samples >= 1, f"--samples must be at least 1, not {args.samples}"),
+            (0 <= args.temperature < math.inf, f"--temperature must be 0 or more, not {args.temperature}"),
+            (args.temperature or args.samples == 1, "--temperature 0 always gives the same answer: use --samples 1"),
+            (0 < args.top_p <= 1, f"--top-p must be above 0 and at most 1, not {args.top_p}"),
+            (0 < args.gpu_memory_utilization <= 1, f"--gpu-memory-utilization is a share, not {args.gpu_memory_utilization}"),
+            (args.max_prompt_tokens >= 1, f"--max-prompt-tokens must be at least 1, not {args.max_prompt_tokens}"),
+            (args.max_response_tokens >= 1, f"--max-response-tokens must be at least 1, not {args.max_response_tokens}"),
+            (args.tensor_parallel >= 1, f"--tensor-parallel must be at least 1, not {args.tensor_parallel}")):
+        if not good:
+            raise SystemExit(f"error: {sentence}")
     if args.out and os.path.exists(args.out):
         raise SystemExit(f"error: --out {args.out} exists already: name another file, or remove it")
     rollout.check_vllm()
@@ -101,8 +110,11 @@ def main(args):
     if not problems:
         raise SystemExit(f"error: --data {args.data}: no prompt fits into --max-prompt-tokens {args.max_prompt_tokens}")
     data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
+    data.check_weights(args.model, config)
     with reward.Verifier() as verifier:
         rank, world = rollout.init_process_group()
+        if world % args.tensor_parallel:
+            raise SystemExit(f"error: --tensor-parallel {args.tensor_parallel} must divide the number of ranks, {world}")
         llm = rollout.build(args.model, max_tokens=args.max_prompt_tokens + args.max_response_tokens, seed=args.seed,
                             tensor_parallel=args.tensor_parallel, gpu_memory_utilization=args.gpu_memory_utilization)
         results = measure(llm, verifier, problems, samples=args.samples, seed=args.seed, top_p=args.top_p,
@@ -126,4 +138,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parser.parse_args())
+    import rollout
+    with rollout.one_voice(quiet=True):
+        cli = parse_args()
+    with rollout.one_voice():
+        main(cli)

@@ -35,9 +35,13 @@ def read_metrics(run):
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise SystemExit(f"error: {path}:{number}: not JSON: {error.msg}") from error
+        if not isinstance(row, dict) or "step" not in row:
+            raise SystemExit(f"error: {path}:{number}: no metrics of a step")
         for name, value in row.items():
             if value is not None:
                 series.setdefault(name, []).append((row["step"], value))
+    if not series:
+        raise SystemExit(f"error: {path}: no step in it yet")
     return series
 
 
@@ -56,6 +60,7 @@ def plot(runs, path, panels=PANELS):
     pyplot = _pyplot()
     series = {label: mean_over(directories) for label, directories in runs.items()}
     panels = {name: title for name, title in panels.items() if any(name in s for s in series.values())}
+    colors = {run: f"C{i}" for i, run in enumerate(series)}
     columns = min(3, max(1, len(panels)))
     figure, axes = pyplot.subplots(-(-len(panels) // columns) or 1, columns, squeeze=False, layout="constrained",
                                    figsize=(4.2 * columns, 2.7 * (-(-len(panels) // columns) or 1)))
@@ -64,16 +69,17 @@ def plot(runs, path, panels=PANELS):
     for axis, (name, title) in zip(axes.flat, panels.items()):
         for run, metrics in series.items():
             if name in metrics:
-                axis.plot(*zip(*metrics[name]), label=run, marker="o" if len(metrics[name]) < 12 else None, linewidth=1.2)
+                axis.plot(*zip(*metrics[name]), color=colors[run], marker="o" if len(metrics[name]) < 12 else None, markersize=3,
+                          linewidth=1.2)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         if name.startswith(("reward", "hpt", "eval")):
             axis.set_ylim(-0.02, 1.02)
-    axes.flat[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    figure.legend([pyplot.Line2D([], [], color=color) for color in colors.values()], colors, loc="outside lower center",
+                  ncols=min(4, len(colors)), fontsize=8)
+    _save(figure, path)
 
 
 def pass_at_k(ks, curves, path):
@@ -87,8 +93,15 @@ def pass_at_k(ks, curves, path):
     axis.set(xlabel="k", ylabel="pass@k, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save(figure, path)
+
+
+def _save(figure, path):
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: --out {path} cannot be written: {error}") from error
+    _pyplot().close(figure)
 
 
 def _pyplot():
@@ -107,5 +120,6 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", help="output directories of runs")
     parser.add_argument("--out", default="curves.png")
     args = parser.parse_args()
-    plot({Path(run).name: [run] for run in args.runs}, args.out)
+    names = [Path(run).name for run in args.runs]
+    plot({name if names.count(name) == 1 else run: [run] for name, run in zip(names, args.runs)}, args.out)
     print(args.out)

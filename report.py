@@ -21,13 +21,15 @@ WATCHED = {"reward/mean": "reward", "hpt/sft_frac": "gated", "hpt/offline_ratio"
            "time/step": "sec", "eval/pass@1": "HELD-OUT ACCURACY"}
 
 
-def step_metrics(args, step, prompts, totals, grad_norms, times, policy):
-    """One flat dict a step; the README says what each name means. prompts: list of train_hpt.Prompt."""
+def step_metrics(args, method, step, prompts, totals, grad_norms, times, policy):
+    """One flat dict a step; the README says what each name means. method and prompts: train_hpt.Method, list of train_hpt.Prompt."""
     rewards = [p.rewards for p in prompts]
     responses = [r for p in prompts for r in p.rolled]
     online, offline = sum(len(p.rolled) for p in prompts if p.alpha), sum(p.beta > 0 for p in prompts)
-    metrics = {"step": step, "hpt/sft_frac": statistics.fmean(p.beta for p in prompts), "hpt/offline_ratio": offline / (online + offline),
+    metrics = {"step": step, "hpt/offline_ratio": offline / (online + offline),
                "data/rollouts": len(responses), "data/demo_tokens": sum(len(p.problem["demo_ids"]) for p in prompts if p.beta)}
+    if method.meet == "gate":
+        metrics["hpt/sft_frac"] = statistics.fmean(p.beta for p in prompts)
     if responses:
         flat, lengths = [r for rs in rewards for r in rs], [len(r.ids) for r in responses]
         metrics |= {
@@ -72,7 +74,10 @@ def open_output(args):
     if dist.get_rank() == 0:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name[0] = args.out or f"runs/{args.method}-{Path(args.model).name}-seed{args.seed}-{stamp}"
-        Path(name[0]).mkdir(parents=True)
+        try:
+            Path(name[0]).mkdir(parents=True)
+        except OSError as error:
+            raise SystemExit(f"error: --out {name[0]} cannot be made: {error.strerror}; name another directory") from error
         here = Path(__file__).parent
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
         versions = {"python": sys.version.split()[0], "vllm": rollout.VLLM_VERSION}
@@ -83,19 +88,20 @@ def open_output(args):
     return Path(name[0])
 
 
-def print_plan(args, out, policy, tokenizer, problems, left_out, held_out, n):
+def print_plan(args, out, policy, tokenizer, problems, left_out, held_out, held_out_left, n):
     """What is about to happen, before the first step."""
     world, size = dist.get_world_size(), sum(p.numel() for p in policy.parameters())
     first = problems[0]
+    demonstration = repr(tokenizer.decode(first["demo_ids"])[:600]) if "demo_ids" in first else ""
     print(f"""
 {args.method} on {args.model}: {size / 1e6:,.1f} M parameters, {world} rank{'s' * (world > 1)}; weights, gradients and Adam's moments {16 * size / world / 1e9:.2f} GB a rank
-{len(problems)} problems from {args.data} ({left_out}); {len(held_out)} held out
+{len(problems)} problems from {args.data} ({left_out}); {len(held_out)} held out{f" ({held_out_left})" * bool(held_out)}
 {args.steps} steps of {args.prompts_per_step} prompts x {n} rollouts, {args.minibatches_per_step} optimizer steps each; micro-batches of {args.tokens_per_microbatch} tokens a rank
 writing to {out}
 
-the first problem, as the model sees it, and its demonstration:
+the first problem, as the model sees it{', and its demonstration' * bool(demonstration)}:
 {tokenizer.decode(first['prompt_ids'])!r}
-{tokenizer.decode(first.get('demo_ids', []))[:600]!r}
+{demonstration}
 """, flush=True)
 
 
@@ -103,7 +109,8 @@ def log(out, metrics):
     """Append a line to metrics.jsonl and, for a person, print the few numbers that one watches."""
     if dist.get_rank() == 0:
         with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
         shown = [f"{label} {metrics[name]:.3g}" for name, label in WATCHED.items() if metrics.get(name) is not None]
         print(f"step {metrics['step']:>4}  " + "  ".join(shown), flush=True)
 
@@ -123,7 +130,7 @@ def log_samples(out, step, prompts, count=3):
 def closing_table(args, out, held_out, offline_ratios):
     """The closing table, from the held-out results before and after, and the paths of what was written."""
     if held_out:
-        print(f"\nheld-out accuracy, %, mean of {args.eval_samples} samples at temperature {args.temperature:g}, "
+        print(f"\nheld-out accuracy, %, mean of {args.eval_samples} sample{'s' * (args.eval_samples > 1)} at temperature {args.temperature:g}, "
               "+- one standard error over problems")
         print(f"{'level':>8} {'problems':>9} {'before':>14} {'after':>14}")
         for (level, was), (_, now) in zip(*(evaluate.by_level(results).items() for results in held_out)):

@@ -6,9 +6,12 @@ Under torchrun every rank calls every function; vllm is imported only when an en
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import socket
 import sys
+import time
+import warnings
 from importlib import metadata
 from typing import NamedTuple
 
@@ -26,6 +29,25 @@ class Rollout(NamedTuple):
 def derive_seed(*key):
     """A 62-bit seed from any printable key, the same on every machine: all randomness comes from (seed, step, problem)."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 2
+
+
+@contextlib.contextmanager
+def one_voice(quiet=False):
+    """Around a program under torchrun: rank 0 says why it stops; the others, with the same to say, leave it the time to.
+
+    A rank that alone has a reason says it too, after 3 seconds; torchrun ends the waiting when rank 0 has spoken.
+    quiet: argparse, which prints before it raises, prints on rank 0 alone.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) if quiet and rank else contextlib.nullcontext():
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted" if rank == 0 else 130) from None
+    except SystemExit as stop:
+        if rank and stop.code:
+            time.sleep(3)
+        raise
 
 
 def init_process_group():
@@ -96,6 +118,7 @@ def build(model, config_overrides=None, *, max_tokens, tensor_parallel=1, temper
     gpu = torch.cuda.is_available()
     if not gpu:
         torch._dynamo.config.disable = True  # it would compile one small kernel for 10 s, and ask for a C++ compiler
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     from vllm import LLM
 
     return LLM(
@@ -110,6 +133,9 @@ def build(model, config_overrides=None, *, max_tokens, tensor_parallel=1, temper
         gpu_memory_utilization=gpu_memory_utilization,
         enable_sleep_mode=gpu,
         enforce_eager=eager or not gpu,
+        # On a CPU a prompt must be read whole: of one cut by the batch limit vLLM 0.32 draws a token, discards it, and
+        # rewinds the request's random generator, which only a GPU's can ("CPU Generator does not use offset").
+        **({} if gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_tokens)}),
         seed=seed,
         disable_log_stats=True,
         generation_config="vllm",  # the model's own default temperature, top-k and so on would bias the samples
@@ -122,17 +148,13 @@ def generate(llm, prompts, seeds, *, n, max_response_tokens, temperature=1.0, to
     seeds: one integer a prompt; with it a prompt's samples depend neither on the other prompts nor on the call.
     progress: the label of a progress bar, None for no bar.
     """
-    import torch
     from tqdm import tqdm
     from vllm import SamplingParams
 
     if not prompts:
         return []
-    # On a CPU, vLLM 0.32 fails on a seeded request with top-p ("CPU Generator does not use offset"): there the engine's
-    # seed alone makes such a call repeatable, and its samples depend on the other prompts.
-    seeded = top_p == 1.0 or torch.cuda.is_available()
-    params = [SamplingParams(n=n, seed=seed if seeded else None, temperature=temperature, top_p=top_p,
-                             max_tokens=max_response_tokens, logprobs=0) for seed in seeds]
+    params = [SamplingParams(n=n, seed=seed, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens, logprobs=0)
+              for seed in seeds]
     bar = functools.partial(tqdm, leave=False) if progress and sys.stderr.isatty() else False  # vLLM cannot disable it
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=bar)
     return [

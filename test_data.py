@@ -39,7 +39,8 @@ def test_layouts_agree(tmp_path):
     assert data.load_problems(tmp_path / "a.parquet", True) == [want] * 2
     assert data.load_problems(write(tmp_path / "a.jsonl", [PAPER_ROW]), True) == [want]
     assert data.load_problems(write(tmp_path / "b.jsonl", [GOOD, "", GOOD]), True) == [GOOD] * 2
-    assert data.load_problems(tmp_path / "a.json") == [GOOD]
+    assert data.load_problems(tmp_path / "a.json", True) == [GOOD]
+    assert "demonstration" not in data.load_problems(tmp_path / "a.json")[0]  # nothing to fit where none is needed
 
 
 @pytest.mark.skipif(not (HERE.parent / "shared/data").exists(), reason="needs the real problems")
@@ -86,8 +87,12 @@ def test_demonstrations_that_do_not_fit_are_left_out_whole(tokenizer):
     ([GOOD | {"answer": 3}], r"bad.jsonl:1: 'answer' must be a string that is not empty, not 3"),
     ([GOOD | {"answer": " "}], r"bad.jsonl:1: 'answer' must be a string"),
     (["[1, 2]"], r"bad.jsonl:1: a problem is an object"),
-    ([PAPER_ROW | {"reward_model": {}}], r"bad.jsonl:1: .* lacks 'ground_truth'"),
-    ([], r"bad.jsonl: no rows"),
+    ([PAPER_ROW | {"reward_model": {}}], r"bad.jsonl:1: .* reward_model.ground_truth \(KeyError: 'ground_truth'\)"),
+    ([], r"--data .*bad.jsonl: no rows"),
+    ([GOOD | {"level": [1]}], r"bad.jsonl:1: 'level' must be a string or a number"),
+    (['{"prompt": "\\ud800", "answer": "3", "demonstration": "3"}'], r"bad.jsonl:1: half of a surrogate pair"),
+    (["[" * 100_000], r"bad.jsonl:1: nested too deeply"),
+    ([PAPER_ROW | {"prompt": ["hello"]}], r"bad.jsonl:1: .* lacks the layout"),
 ])
 def test_bad_rows_are_named(tmp_path, rows, sentence):
     with pytest.raises(SystemExit, match=sentence):
@@ -97,9 +102,10 @@ def test_bad_rows_are_named(tmp_path, rows, sentence):
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     (tmp_path / "a.json").write_text('{"prompt": 1}')
+    (tmp_path / "a.csv").write_text("prompt,answer")
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     for name, sentence in (("a.parquet", "not a parquet file"), ("a.json", "must hold a list"), ("latin.jsonl", "not UTF-8"),
-                           ("none.jsonl", "no such file")):
+                           ("none.jsonl", "no such file"), ("a.csv", "ends in .jsonl, .json or .parquet"), (".", "a directory")):
         with pytest.raises(SystemExit, match=sentence):
             data.load_problems(tmp_path / name)
 
@@ -116,7 +122,7 @@ def nothing_heavy(monkeypatch):
     (["--data", "none.jsonl"], "none.jsonl: no such file"),
     (["--max-response-tokens", "250"], "need 266 positions, the model has 256.*--max-position-embeddings"),
     (["--max-prompt-tokens", "1"], "no problem is left: .* left out"),
-    (["--eval-data", "none.jsonl"], "none.jsonl: no such file"),
+    (["--eval-data", "none.jsonl"], "--eval-data none.jsonl: no such file"),
 ])
 def test_bad_input_of_a_run(tmp_path, nothing_heavy, flags, sentence):
     good = ["--model", str(toy.BASE), "--data", write(tmp_path / "good.jsonl", [GOOD]), "--max-prompt-tokens", "16",
@@ -126,11 +132,59 @@ def test_bad_input_of_a_run(tmp_path, nothing_heavy, flags, sentence):
     assert not (tmp_path / "out").exists()
 
 
+def test_broken_models(tmp_path, nothing_heavy):
+    import shutil
+    def attempt(change, sentence):
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(toy.BASE, folder)
+        change(folder)
+        with pytest.raises(SystemExit, match=f"--model .*model: .*{sentence}"):
+            train_hpt.main(train_hpt.parse_args(["--model", str(folder), "--data", write(tmp_path / "a.jsonl", [GOOD]),
+                                                 "--max-prompt-tokens", "16", "--max-response-tokens", "32"]))
+    config = lambda **more: lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | more))
+    attempt(lambda folder: (folder / "model.safetensors").unlink(), "no .safetensors or .bin file")
+    attempt(lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" * 1000), "model.safetensors is broken")
+    attempt(lambda folder: (folder / "model.safetensors").write_bytes((toy.BASE / "model.safetensors").read_bytes()[:9999]), "is broken")
+    attempt(config(hidden_size=64), "has shape .* asks for")
+    attempt(config(num_hidden_layers=4, layer_types=["full_attention"] * 4), "has no model.layers.3")
+    attempt(lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")], "tokenizer is empty|no end-of-seq")
+
+
+def test_held_out_problems_stay_whatever_their_demonstrations(tmp_path, tokenizer):
+    args = train_hpt.parse_args(["--model", "x", "--max-prompt-tokens", "16", "--max-response-tokens", "4"])
+    path = write(tmp_path / "a.jsonl", [GOOD] * 3)
+    assert len(train_hpt.load_problems(args, path, tokenizer)[0]) == 3
+    with pytest.raises(SystemExit, match="no problem is left"):  # negative control
+        train_hpt.load_problems(args, path, tokenizer, need_demonstration=True)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--temperature", "0"], "--temperature 0 always gives the same answer"), (["--top-p", "2"], "--top-p must be above 0 and at most 1, not 2"),
+    (["--tensor-parallel", "0"], "--tensor-parallel must be at least 1"), (["--data", "none.jsonl"], "--data none.jsonl: no such file")])
+def test_bad_input_of_an_evaluation(tmp_path, nothing_heavy, flags, sentence):
+    import evaluate
+    with pytest.raises(SystemExit, match=sentence):
+        evaluate.main(evaluate.parse_args(["--model", str(toy.BASE), "--data", "x.jsonl", *flags]))
+
+
+def test_bad_runs_to_plot(tmp_path):
+    import plot
+    for text, sentence in (("", "no step in it yet"), ("[1]\n", "metrics.jsonl:1: no metrics"), ("{", "metrics.jsonl:1: not JSON")):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(SystemExit, match=sentence):
+            plot.plot({"a": [tmp_path]}, tmp_path / "a.png")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+    with pytest.raises(SystemExit, match="--out .*a.xyz cannot be written"):
+        plot.plot({"a": [tmp_path]}, tmp_path / "a.xyz")
+    plot.plot({"a": [tmp_path]}, tmp_path / "a.png")
+
+
 def test_a_model_without_chat_template(tmp_path, nothing_heavy):
     import shutil
     shutil.copytree(toy.BASE, tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").unlink()
-    with pytest.raises(SystemExit, match="no chat template: use --template plain"):
+    with pytest.raises(SystemExit, match="model: its tokenizer has no chat template: use --template plain"):
         train_hpt.main(train_hpt.parse_args(["--model", str(tmp_path / "model"), "--data", write(tmp_path / "a.jsonl", [GOOD]),
                                              "--max-prompt-tokens", "16", "--max-response-tokens", "32"]))
 
@@ -150,10 +204,12 @@ def test_vllm_missing_or_of_another_version(monkeypatch, found, sentence):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--gamma", "1.5"], "--gamma is a share of rollouts, from 0 to 1, not 1.5"), (["--gamma", "nan"], "--gamma is a share"),
+    (["--gamma", "1.5"], "--gamma is a share of rollouts, from 0 to 1, not 1.5"), (["--gamma", "nan"], "--gamma must be a finite number"),
     (["--clip-eps", "-0.1"], "--clip-eps must be above 0"), (["--clip-eps", "nan"], "--clip-eps must be above 0"),
     (["--stpes", "3"], "unrecognized arguments: --stpes"), (["--step", "3"], "unrecognized arguments: --step"),
     (["--steps", "0"], "--steps must be at least 1"), (["--lr", "0"], "--lr must be above 0"),
+    (["--lr", "inf"], "--lr must be a finite number"), (["--gpu-memory-utilization", "3"], "--gpu-memory-utilization is a share"),
+    (["--out", "README.md/x"], "README.md is no directory that can be written to"), (["--rope-theta", "0"], "--rope-theta must be above 0"),
     (["--minibatches-per-step", "64", "--prompts-per-step", "4"], "needs at least as many --prompts-per-step"),
     (["--out", "."], "exists already"), (["--data", "x.jsonl"], "--data needs a --model"), (["--method", "dpo"], "invalid choice"),
     (["--method", "luffy", "--samples-per-prompt", "1"], "--samples-per-prompt must be at least 2"),
@@ -174,4 +230,9 @@ def test_help_is_quick_and_an_error_is_one_sentence(tmp_path):
     broken = subprocess.run([sys.executable, HERE / "train_hpt.py", "--model", str(toy.BASE), "--data", str(tmp_path / "none.jsonl"),
                              "--max-prompt-tokens", "16", "--max-response-tokens", "32"], capture_output=True, text=True)
     assert broken.returncode == 1 and "Traceback" not in broken.stderr
-    assert broken.stderr.strip().splitlines()[-1] == f"error: --data {tmp_path / 'none.jsonl'}: no such file"
+    sentence = f"error: --data {tmp_path / 'none.jsonl'}: no such file"
+    assert broken.stderr.strip().splitlines()[-1] == sentence
+    late = "[ $RANK = 1 ] || sleep 1; exec {} train_hpt.py --model toy_base --data {} --max-prompt-tokens 16 --max-response-tokens 32"
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python", "bash", "-c",
+                          late.format(sys.executable, tmp_path / "none.jsonl")], cwd=HERE, capture_output=True, text=True)
+    assert two.returncode and two.stderr.splitlines().count(sentence) == 1  # once, though the other rank was first

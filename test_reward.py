@@ -54,6 +54,13 @@ def test_a_killed_worker_is_replaced(verifier):
     assert verifier.score(["\\boxed{1.0}"] * 8, ["1"] * 8) == [1.0] * 8
 
 
+def test_a_math_verify_that_does_not_work_is_no_reward_of_0(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="math-verify is installed but does not work"):
+        Verifier(workers=1)
+
+
 def test_no_worker_outlives_the_program():
     code = "import reward, time, os\nv = reward.Verifier(2)\nv.score(['\\\\boxed{2.0}'], ['2'])\n" \
            "print(*[v.idle.get().pid for _ in range(2)], flush=True)\ntime.sleep(60)"

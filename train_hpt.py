@@ -45,7 +45,7 @@ METHODS = {
 
 def parse_args(argv=None):
     """The flags. Imports nothing heavy: --help and mistyped flags are answered at once."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="train_hpt.py [flags]; --help lists them",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument_group("model").add_argument
     flag("--model", help="Hugging Face directory or hub id of a causal LM; without it, the toy of toy.py")
@@ -123,10 +123,15 @@ def parse_args(argv=None):
     for name, least in at_least.items():
         if not getattr(args, name) >= least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    for name in ("lr", "temperature", "max_grad_norm", "clip_eps", "tis_cap", "critic_lr", "value_clip"):
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value) and name not in ("clip_eps", "max_grad_norm", "value_clip"):
+            parser.error(f"--{name.replace('_', '-')} must be a finite number, not {value}")
+    for name in ("lr", "temperature", "max_grad_norm", "clip_eps", "tis_cap", "critic_lr", "value_clip", "rope_theta",
+                 "max_position_embeddings", "gpu_memory_utilization"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    for name, what in {"gamma": "a share of rollouts", "gae_gamma": "a discount", "gae_lambda": "a discount"}.items():
+    for name, what in {"gamma": "a share of rollouts", "gae_gamma": "a discount", "gae_lambda": "a discount",
+                       "gpu_memory_utilization": "a share of a GPU"}.items():
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} is {what}, from 0 to 1, not {getattr(args, name)}")
     if METHODS[args.method].meet == "group" and args.samples_per_prompt < 2:
@@ -138,13 +143,19 @@ def parse_args(argv=None):
     if args.minibatches_per_step > args.prompts_per_step:
         parser.error(f"--minibatches-per-step {args.minibatches_per_step} needs at least as many --prompts-per-step, "
                      f"not {args.prompts_per_step}")
-    if args.out and Path(args.out).exists():
+    out = Path(args.out or "runs")
+    if args.out and out.exists():
         parser.error(f"--out {args.out} exists already: name another directory, or remove it")
+    above = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        parser.error(f"--out {out} cannot be made: {above} is no directory that can be written to")
     return args
 
 
-if __name__ == "__main__":
-    cli = parse_args()  # before the imports below, which take seconds
+if __name__ == "__main__":  # before the imports below, which take seconds
+    import rollout
+    with rollout.one_voice(quiet=True):
+        cli = parse_args()
 
 import collections
 import functools
@@ -397,15 +408,15 @@ def main(args):
     config, tokenizer = data.load_config_and_tokenizer(args.model, args.rope_theta, args.max_position_embeddings)
     data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
     problems, left_out = load_problems(args, args.data, tokenizer, need_demonstration=bool(method.demo))
-    held_out, _ = load_problems(args, args.eval_data, tokenizer) if args.eval_data else ([], None)
+    held_out, held_out_left = load_problems(args, args.eval_data, tokenizer, flag="--eval-data") if args.eval_data else ([], "")
+    data.check_weights(args.model, config)
     workers = min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     with reward.Verifier(workers) as verifier:  # its processes first, then the sampler, then the trainer
         rank, world = rollout.init_process_group()
         if world % args.tensor_parallel:
-            raise SystemExit(f"error: --tensor-parallel {args.tensor_parallel} does not divide the {world} ranks")
-        out, chief = report.open_output(args), rank == 0
-        gpu = torch.cuda.is_available()
+            raise SystemExit(f"error: --tensor-parallel {args.tensor_parallel} must divide the number of ranks, {world}")
+        gpu, chief = torch.cuda.is_available(), rank == 0
         device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         override = functools.partial(data.override, rope_theta=args.rope_theta,
                                      max_position_embeddings=args.max_position_embeddings)
@@ -420,8 +431,9 @@ def main(args):
         if method.rollout and TABLE[method.rollout].advantage is gae:
             critic = model.build_critic(args, config, device)
             critic_optimizer = adamw(critic.parameters(), lr=args.critic_lr)
+        out = report.open_output(args)
         if chief:
-            report.print_plan(args, out, policy, tokenizer, problems, left_out, held_out, n)
+            report.print_plan(args, out, policy, tokenizer, problems, left_out, held_out, held_out_left, n)
 
         def sample(share):  # of (prompt ids, seed) pairs
             return rollout.generate(llm, [ids for ids, _ in share], [seed for _, seed in share], n=n,
@@ -501,7 +513,7 @@ def main(args):
             # 5. The sampler takes the new weights; metrics, checkpoint.
             sync()
             times["sync"] = lap()
-            metrics = report.step_metrics(args, step, prompts, reduced(totals), grad_norms, times, policy) | seen
+            metrics = report.step_metrics(args, method, step, prompts, reduced(totals), grad_norms, times, policy) | seen
             last = step == args.steps
             if held_out and (last or args.eval_every and step % args.eval_every == 0):
                 after, scores = measure_held_out(step)
@@ -521,16 +533,17 @@ def main(args):
 
 # ---------------------------------------------------------------------------------------------------------- the rest
 
-def load_problems(args, source, tokenizer, need_demonstration=False):
+def load_problems(args, source, tokenizer, need_demonstration=False, flag="--data"):
     """The problems of a --data or --eval-data that fit, and a sentence on those that do not."""
-    problems = data.load_problems(source, need_demonstration)
+    problems = data.load_problems(source, need_demonstration, flag)
     system = data.SYSTEM if args.system_prompt is None else args.system_prompt
     kept, prompts, demos = data.tokenize(problems, tokenizer, args.template, system, args.max_prompt_tokens,
                                          args.max_response_tokens)
-    left_out = f"{prompts} left out with a prompt over {args.max_prompt_tokens} tokens, {demos} with a demonstration over " \
-               f"{args.max_response_tokens}"
+    left_out = f"{prompts} left out with a prompt over {args.max_prompt_tokens} tokens"
+    if need_demonstration:
+        left_out += f", {demos} with a demonstration over {args.max_response_tokens}"
     if not kept:
-        raise SystemExit(f"error: {source}: no problem is left: {left_out}")
+        raise SystemExit(f"error: {flag} {source}: no problem is left: {left_out}")
     return kept, left_out
 
 
@@ -568,7 +581,5 @@ def reduced(totals):
 
 
 if __name__ == "__main__":
-    try:
+    with rollout.one_voice():
         main(cli)
-    except SystemExit as error:  # one rank says it, not all
-        raise SystemExit(error.code if int(os.environ.get("RANK", 0)) == 0 else 1) from error
