@@ -29,10 +29,11 @@ RUNS = {  # label: (method, other flags)
     "HPT, gamma 2/8": ("hpt", {"gamma": 2 / 8}),
     "HPT, Mix/ON": ("hpt_mix", {}),
     "HPT, OFF/ON": ("hpt_off", {}),
-    "GRPO, hard questions only": ("grpo", {"data": "hard"}),
-    "HPT, hard questions only": ("hpt", {"data": "hard"}),
+    "GRPO, longer sums": ("grpo", {"data": "longer", "steps": 60, "lr": 5e-4}),
+    "HPT, longer sums": ("hpt", {"data": "longer", "steps": 60, "lr": 5e-4}),
 }
 MAIN = list(RUNS)[:8]  # the paper's table; they are evaluated up to pass@64, the others at 8 samples
+LONGER = [label for label in RUNS if RUNS[label][1].get("data") == "longer"]  # trained and tested on what the base never solves
 HARD = (5, 6)  # levels that the base solves less than 3 times in 100
 PANELS = {"reward/mean": "reward on training prompts", "hpt/offline_ratio": "offline ratio", "policy/entropy": "entropy per token, nats",
           "response_length/mean": "response length, tokens", "eval/pass@1": "held-out accuracy"}
@@ -63,11 +64,11 @@ def call(line, log):
 def work(folder, label, seed, steps, samples, toy_flags):
     """Train one run and evaluate its end; what is there already is kept. True if anything was done."""
     out, (method, more) = directory(folder, label, seed), RUNS[label]
-    flags = toy_flags | {"method": method, "seed": seed, "steps": steps, "eval_every": 10} | more
+    flags = toy_flags | {"method": method, "seed": seed, "steps": steps, "eval_every": 15} | more
     if flags["model"] in RUNS:
         flags["model"] = directory(folder, flags["model"], seed) / "final"
-    if flags["data"] == "hard":
-        flags["data"] = folder / "hard.jsonl"
+    if flags["data"] == "longer":
+        flags |= {"data": folder / "longer.jsonl", "eval_data": folder / "longer_held_out.jsonl", "max_prompt_tokens": 24}
     done = (out / "final/config.json").exists()
     if not done:
         if out.exists():  # a run that was stopped starts anew; it is kept aside
@@ -118,12 +119,14 @@ def report(folder, seeds):
         for d in directories:
             rows = read(d / "held_out.jsonl")
             final[label].append([r for r in rows if r["step"] == max(r["step"] for r in rows)])
-            if before is None and not RUNS[label][1]:
+            if before is None and label not in LONGER and RUNS[label][1].get("model") not in RUNS:
                 before = [r for r in rows if r["step"] == 0]
     text = ["| method | seeds | held out, % | levels 5-6, % | rollouts | demonstration tokens | training, s |", "|---|---|---|---|---|---|---|"]
     if before:
         text += [f"| base | | {accuracies(before):.1f} | {accuracies(before, HARD):.1f} | | | |"]
     for label, results in final.items():
+        if label in LONGER:
+            continue
         steps = [[r for r in read(d / "metrics.jsonl") if r["step"]] for d in ends[label]]
         total = lambda name: [sum(r[name] for r in rows) for rows in steps]
         text += [f"| {label} | {len(results)} | {spread([accuracies(r) for r in results])} | {spread([accuracies(r, HARD) for r in results])} | "
@@ -138,6 +141,13 @@ def report(folder, seeds):
             rows = [r for r in read(path) if r["level"] in HARD]
             curves[label] = [100 * statistics.fmean(evaluate.pass_at_k(r["samples"], r["correct"], k) for r in rows) for k in ks]
             text += [f"| {label} | " + " | ".join(f"{value:.1f}" for value in curves[label]) + " |"]
+    if any(label in LONGER for label in final):
+        text += ["", "| sums of 7 digits, which the base never solves | seeds | held out, % | share gated at the end | reward at the end |", "|---" * 5 + "|"]
+        for label in filter(final.get, LONGER):
+            last = [read(d / "metrics.jsonl")[-1] for d in ends[label]]
+            gated = [f"{statistics.fmean(r['hpt/sft_frac'] for r in last):.2f}"] if "hpt/sft_frac" in last[0] else [""]
+            text += [f"| {label} | {len(last)} | {spread([accuracies(r) for r in final[label]])} | {gated[0]} | "
+                     f"{statistics.fmean(r['reward/mean'] for r in last):.2f} |"]
     if "HPT" in final and "GRPO" in final:  # solved: right in more than half of the samples
         solved = lambda rows: {r["prompt"] for r in rows if 2 * r["correct"] > r["samples"]}
         text += ["", "Held-out problems solved by HPT and not by GRPO, and the reverse (of 192, by seed): "
@@ -153,7 +163,7 @@ def main():
     """Run what is missing, a few at a time, and report."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1 of every run (%(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="rollout steps of every run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="rollout steps of every run but those on longer sums, which take 60 (%(default)s)")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count()), help="runs at a time, one thread each (%(default)s)")
     parser.add_argument("--samples", type=int, default=64, help="samples a held-out problem for pass@k, seed 0 (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="LABEL", help="of " + "; ".join(RUNS))
@@ -169,7 +179,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if not args.report:
         toy_flags = toy.defaults()
-        (folder / "hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in toy.problems()[0] if row["level"] in HARD))
+        for name, rows in zip(("longer", "longer_held_out"), toy.problems(counts={7: 500})):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         waves = [[(label, seed) for seed in range(args.seeds) for label in args.only if (RUNS[label][1].get("model") in RUNS) == second]
                  for second in (False, True)]  # those that start from another's checkpoint come second
         done, total = 0, sum(map(len, waves))

@@ -49,10 +49,10 @@ def draw(rng, level):
     return tuple(rng.randrange(10 ** (level - 1), 10**level) for _ in "ab")
 
 
-def problems(seed=0):
-    """(train, held out): disjoint lists of {prompt, answer, demonstration, level}."""
+def problems(seed=0, counts=dict(zip(LEVELS, TRAIN))):
+    """(train, held out): disjoint lists of {prompt, answer, demonstration, level}; counts: of training problems, by level."""
     rng, train, held_out = random.Random(f"toy problems {seed}"), [], []
-    for level, count in zip(LEVELS, TRAIN):
+    for level, count in counts.items():
         pairs = {}  # a dict keeps the order in which they were drawn
         while len(pairs) < HELD_OUT + count:
             pairs[draw(rng, level)] = None

@@ -474,7 +474,7 @@ def main(args):
 
             # 2. Rewards, 0 or 1 from the verifier; of a demonstration too, where it is compared with rollouts.
             timeouts = verifier.timeouts
-            texts = [[r.text for r in rs] + [p["demonstration"]] * score_demos for p, rs in zip(drawn, rolled)]
+            texts = [[r.text for r in rs] + ([p["demonstration"]] if score_demos else []) for p, rs in zip(drawn, rolled)]
             scores = iter(rollout.spread([(text, p["answer"]) for p, group in zip(drawn, texts) for text in group], score))
             rewards = [[next(scores) for _ in group] for group in texts]
             demo_rewards = [group.pop() if score_demos else 1.0 for group in rewards]
