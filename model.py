@@ -63,14 +63,19 @@ def build_policy(args, config, device):
     return shard(Policy(lm, args.temperature), args.gradient_checkpointing, device)
 
 
+def check_critic(config):
+    """SystemExit with one sentence where transformers has no value model of the base's family (Gemma 3, in 5.19)."""
+    from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise SystemExit(f"error: --method ppo needs a critic, and transformers has no {config.model_type} model for token "
+                         "classification to make one of: use another method, or another model")
+
+
 def build_critic(args, config, device):
     """The sharded critic: --critic, as a run saved it, or the base of --model with a head that says 0."""
     from transformers import AutoModelForTokenClassification
     config = type(config).from_dict(config.to_dict() | {"num_labels": 1, "classifier_dropout": 0.0})
-    try:
-        lm = AutoModelForTokenClassification.from_pretrained(args.critic or args.model, config=config, dtype="auto")
-    except ValueError as error:
-        raise SystemExit(f"error: --method ppo: no value model for {config.model_type}: {str(error).splitlines()[0]}") from error
+    lm = AutoModelForTokenClassification.from_pretrained(args.critic or args.model, config=config, dtype="auto")
     if not args.critic:
         torch.nn.init.zeros_(lm.score.weight)
         torch.nn.init.zeros_(lm.score.bias)
@@ -104,7 +109,7 @@ def save(module, tokenizer, directory, device):
     weights = {name: tensor.cpu() for name, tensor in full_weights(module, dtype)}
     if dist.get_rank() == 0:
         with torch.device("meta"):
-            skeleton = type(module.lm)._from_config(module.lm.config, dtype=dtype)
+            skeleton = type(module.lm)(module.lm.config).to(dtype)
         if hasattr(module.lm, "generation_config"):  # a critic has none
             skeleton.generation_config = module.lm.generation_config
         skeleton.save_pretrained(directory, state_dict=weights)

@@ -236,3 +236,11 @@ def test_help_is_quick_and_an_error_is_one_sentence(tmp_path):
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python", "bash", "-c",
                           late.format(sys.executable, tmp_path / "none.jsonl")], cwd=HERE, capture_output=True, text=True)
     assert two.returncode and two.stderr.splitlines().count(sentence) == 1  # once, though the other rank was first
+
+
+def test_ppo_of_a_family_without_a_value_model():
+    import model
+    from transformers import Gemma3TextConfig, Qwen2Config
+    with pytest.raises(SystemExit, match="no gemma3_text model for token classification"):
+        model.check_critic(Gemma3TextConfig())
+    model.check_critic(Qwen2Config())  # negative control

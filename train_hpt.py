@@ -407,6 +407,9 @@ def main(args):
     score_demos = any(TABLE[name].advantage is not adv_one for name in method.demo)
     config, tokenizer = data.load_config_and_tokenizer(args.model, args.rope_theta, args.max_position_embeddings)
     data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
+    needs_critic = bool(method.rollout) and TABLE[method.rollout].advantage is gae
+    if needs_critic:
+        model.check_critic(config)
     problems, left_out = load_problems(args, args.data, tokenizer, need_demonstration=bool(method.demo))
     held_out, held_out_left = load_problems(args, args.eval_data, tokenizer, flag="--eval-data") if args.eval_data else ([], "")
     data.check_weights(args.model, config)
@@ -428,7 +431,7 @@ def main(args):
         policy = model.build_policy(args, config, device)
         optimizer = adamw(policy.parameters(), lr=args.lr)
         critic = None
-        if method.rollout and TABLE[method.rollout].advantage is gae:
+        if needs_critic:
             critic = model.build_critic(args, config, device)
             critic_optimizer = adamw(critic.parameters(), lr=args.critic_lr)
         out = report.open_output(args)
