@@ -74,6 +74,8 @@ def work(folder, label, seed, steps, samples, toy_flags):
         if out.exists():  # a run that was stopped starts anew; it is kept aside
             out.rename(out.with_name(f"{out.name}.stopped{time.time():.0f}"))
         call(command("train_hpt.py", **flags, out=out), folder / f"{out.name}.log")
+    elif (steps := json.loads((out / "config.json").read_text())["flags"]["steps"]) != flags["steps"]:
+        raise SystemExit(f"error: {out} took {steps} steps, not {flags['steps']}: name another --out, or the same --steps")
     return deep_evaluation(folder, label, seed, out / "final", samples, toy_flags) or not done
 
 
@@ -118,7 +120,7 @@ def report(folder, seeds):
         final[label] = []
         for d in directories:
             rows = read(d / "held_out.jsonl")
-            final[label].append([r for r in rows if r["step"] == max(r["step"] for r in rows)])
+            final[label].append([r for r in rows if r["step"] == rows[-1]["step"]])
             if before is None and label not in LONGER and RUNS[label][1].get("model") not in RUNS:
                 before = [r for r in rows if r["step"] == 0]
     text = ["| method | seeds | held out, % | levels 5-6, % | rollouts | demonstration tokens | training, s |", "|---|---|---|---|---|---|---|"]
@@ -127,7 +129,9 @@ def report(folder, seeds):
     for label, results in final.items():
         if label in LONGER:
             continue
-        steps = [[r for r in read(d / "metrics.jsonl") if r["step"]] for d in ends[label]]
+        parent = RUNS[label][1].get("model")  # SFT -> GRPO has cost both
+        runs = [[d, *([directory(folder, parent, d.name.rsplit('seed')[1])] if parent else [])] for d in ends[label]]
+        steps = [[r for part in parts for r in read(part / "metrics.jsonl") if r["step"]] for parts in runs]
         total = lambda name: [sum(r[name] for r in rows) for rows in steps]
         text += [f"| {label} | {len(results)} | {spread([accuracies(r) for r in results])} | {spread([accuracies(r, HARD) for r in results])} | "
                  f"{statistics.fmean(total('data/rollouts')):,.0f} | {statistics.fmean(total('data/demo_tokens')):,.0f} | "
@@ -136,22 +140,28 @@ def report(folder, seeds):
     curves = {}
     if deep:
         ks = [2**i for i in range(read(next(iter(deep.values())))[0]["samples"].bit_length())]
-        text += ["", "| pass@k, levels 5-6, % | " + " | ".join(map(str, ks)) + " |", "|---" * (len(ks) + 1) + "|"]
+        text += ["", "| pass@k, levels 5-6, seed 0, % | " + " | ".join(map(str, ks)) + " |", "|---" * (len(ks) + 1) + "|"]
         for label, path in deep.items():
             rows = [r for r in read(path) if r["level"] in HARD]
             curves[label] = [100 * statistics.fmean(evaluate.pass_at_k(r["samples"], r["correct"], k) for r in rows) for k in ks]
             text += [f"| {label} | " + " | ".join(f"{value:.1f}" for value in curves[label]) + " |"]
     if any(label in LONGER for label in final):
-        text += ["", "| sums of 7 digits, which the base never solves | seeds | held out, % | share gated at the end | reward at the end |", "|---" * 5 + "|"]
+        text += ["", "| sums of 7 digits, 60 steps, lr 5e-4 | seeds | before, % | held out, % | share gated at the end | reward at the end |", "|---" * 6 + "|"]
         for label in filter(final.get, LONGER):
             last = [read(d / "metrics.jsonl")[-1] for d in ends[label]]
             gated = [f"{statistics.fmean(r['hpt/sft_frac'] for r in last):.2f}"] if "hpt/sft_frac" in last[0] else [""]
-            text += [f"| {label} | {len(last)} | {spread([accuracies(r) for r in final[label]])} | {gated[0]} | "
+            first = [[r for r in read(d / "held_out.jsonl") if not r["step"]] for d in ends[label]]
+            text += [f"| {label} | {len(last)} | {spread([accuracies(r) for r in first])} | {spread([accuracies(r) for r in final[label]])} | {gated[0]} | "
                      f"{statistics.fmean(r['reward/mean'] for r in last):.2f} |"]
     if "HPT" in final and "GRPO" in final:  # solved: right in more than half of the samples
-        solved = lambda rows: {r["prompt"] for r in rows if 2 * r["correct"] > r["samples"]}
-        text += ["", "Held-out problems solved by HPT and not by GRPO, and the reverse (of 192, by seed): "
-                 + ", ".join(f"+{len(solved(h) - solved(g))}/-{len(solved(g) - solved(h))}" for h, g in zip(final["HPT"], final["GRPO"]))]
+        solved = [{d.name.rsplit("seed")[1]: {r["prompt"] for r in rows if 2 * r["correct"] > r["samples"]}
+                   for d, rows in zip(ends[label], final[label])} for label in ("HPT", "GRPO")]  # by seed
+        count = lambda a, b: f"+{len(a - b)}/-{len(b - a)}"
+        seeds_of_both = sorted(solved[0].keys() & solved[1].keys())
+        text += ["", f"Of {len(final['HPT'][0])} held-out problems, solved by HPT and not by GRPO, and the reverse, by seed: "
+                 + ", ".join(count(*(s[seed] for s in solved)) for seed in seeds_of_both)
+                 + "; as a yardstick, by GRPO and not by GRPO with the next seed, and the reverse: "
+                 + ", ".join(count(solved[1][a], solved[1][b]) for a, b in zip(seeds_of_both, seeds_of_both[1:]))]
     (folder / "comparison.md").write_text("\n".join(text) + "\n")
     plot.plot({label: ends[label] for label in MAIN if label in ends}, folder / "comparison.png", PANELS)
     if curves:

@@ -1,4 +1,6 @@
 """The networks under FSDP: the policy, PPO's critic, how both are sharded, gathered and saved. No algorithm here."""
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -46,8 +48,9 @@ class Critic(torch.nn.Module):
 
     def forward(self, ids, response):
         """Values (n,), float32 or wider, of the states before the n tokens marked in `response`; arguments as Policy's."""
-        values = self.lm.score(states_before(self.lm.base_model, ids, response)).squeeze(-1)
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        hidden = states_before(self.lm.base_model, ids, response)  # (n, D)
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # a bfloat16 value would be off by more than many advantages
+        return torch.nn.functional.linear(hidden.to(wide), self.lm.score.weight.to(wide), self.lm.score.bias.to(wide)).squeeze(-1)
 
 
 def states_before(backbone, ids, response):
@@ -63,10 +66,17 @@ def build_policy(args, config, device):
     return shard(Policy(lm, args.temperature), args.gradient_checkpointing, device)
 
 
-def check_critic(config):
-    """SystemExit with one sentence where transformers has no value model of the base's family (Gemma 3, in 5.19)."""
+def check_critic(config, directory=None):
+    """SystemExit with one sentence where transformers has no value model of the base's family (Gemma 3, in 5.19), or where
+    `directory`, of --critic, holds none."""
+    from safetensors import safe_open
     from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
-    if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+    from transformers.modeling_layers import GenericForTokenClassification
+    if directory and not any("score.weight" in safe_open(file, "pt").keys() for file in Path(directory).glob("*.safetensors")):
+        raise SystemExit(f"error: --critic {directory}: no critic there, its weights have no score.weight; a run of --method ppo "
+                         "saves one in final/critic")
+    kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None or not issubclass(kind, GenericForTokenClassification):  # others name their head otherwise
         raise SystemExit(f"error: --method ppo needs a critic, and transformers has no {config.model_type} model for token "
                          "classification to make one of: use another method, or another model")
 
@@ -106,7 +116,10 @@ def full_weights(module, dtype):
 def save(module, tokenizer, directory, device):
     """A plain Hugging Face directory: float32 from a CPU, bfloat16 from a GPU, as the sampler held it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    weights = {name: tensor.cpu() for name, tensor in full_weights(module, dtype)}
+    weights = {}
+    for name, tensor in full_weights(module, dtype):  # every rank gathers, one keeps
+        if dist.get_rank() == 0:
+            weights[name] = tensor.cpu()
     if dist.get_rank() == 0:
         with torch.device("meta"):
             skeleton = type(module.lm)(module.lm.config).to(dtype)

@@ -18,7 +18,7 @@ def probe(policy, batches, befores, accumulate):
     """{"probe/..": float} for this rank's micro-batches of one optimizer step; leaves weights and gradients as they were.
 
     batches, befores: as train_hpt.accumulate_gradient takes them. accumulate: that function, its args and device bound.
-    One backward pass a prompt and part; a metric that needs more prompts than there are is left out.
+    A backward pass for each prompt and part of a micro-batch; a metric that needs more prompts than there are is left out.
     """
     metrics, total = {}, {}
     prompts = 1 + global_sum(max((s.group for _, batch in batches for s in batch), default=-1), dist.ReduceOp.MAX)

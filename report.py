@@ -21,7 +21,7 @@ WATCHED = {"reward/mean": "reward", "hpt/sft_frac": "gated", "hpt/offline_ratio"
            "time/step": "sec", "eval/pass@1": "HELD-OUT ACCURACY"}
 
 
-def step_metrics(args, method, step, prompts, totals, grad_norms, times, policy):
+def step_metrics(args, method, step, prompts, totals, grad_norms, critic_norms, times, policy):
     """One flat dict a step; the README says what each name means. method and prompts: train_hpt.Method, list of train_hpt.Prompt."""
     rewards = [p.rewards for p in prompts]
     responses = [r for p in prompts for r in p.rolled]
@@ -47,11 +47,13 @@ def step_metrics(args, method, step, prompts, totals, grad_norms, times, policy)
                     "policy/approx_kl": totals["kl"] / totals["rl_tokens"], "loss/rl": totals["rl_loss"]}
     if totals["demonstrations"]:
         metrics["sft/nll"] = totals["nll"] / totals["demonstrations"]
-    if totals["returns_sq"]:  # PPO: the part of the returns' variance that the critic foresaw
+    if critic_norms:  # PPO
         mean = totals["returns"] / totals["old_tokens"]
         variance = totals["returns_sq"] / totals["old_tokens"] - mean**2
-        metrics |= {"critic/loss": totals["value_loss"], "critic/returns_mean": mean}
-        if variance > 0:
+        metrics |= {"critic/loss": totals["value_loss"] / len(critic_norms), "critic/returns_mean": mean,
+                    "critic/grad_norm": statistics.fmean(critic_norms),
+                    "critic/skipped": sum(not math.isfinite(norm) for norm in critic_norms)}
+        if variance > 1e-6:  # the part of the returns' variance that the critic foresaw; equal returns leave nothing to foresee
             metrics["critic/explained_variance"] = 1 - totals["advantage_var"] / variance
     finite = [norm for norm in grad_norms if math.isfinite(norm)]
     metrics |= {"optim/grad_norm": statistics.fmean(finite) if finite else None, "optim/skipped": len(grad_norms) - len(finite),
@@ -88,13 +90,14 @@ def open_output(args):
     return Path(name[0])
 
 
-def print_plan(args, out, policy, tokenizer, problems, left_out, held_out, held_out_left, n):
+def print_plan(args, out, policy, critic, tokenizer, problems, left_out, held_out, held_out_left, n):
     """What is about to happen, before the first step."""
     world, size = dist.get_world_size(), sum(p.numel() for p in policy.parameters())
+    trained = size + (sum(p.numel() for p in critic.parameters()) if critic else 0)
     first = problems[0]
     demonstration = repr(tokenizer.decode(first["demo_ids"])[:600]) if "demo_ids" in first else ""
     print(f"""
-{args.method} on {args.model}: {size / 1e6:,.1f} M parameters, {world} rank{'s' * (world > 1)}; weights, gradients and Adam's moments {16 * size / world / 1e9:.2f} GB a rank
+{args.method} on {args.model}: {size / 1e6:,.1f} M parameters, {world} rank{'s' * (world > 1)}; weights, gradients and Adam's moments {16 * trained / world / 1e9:.2f} GB a rank
 {len(problems)} problems from {args.data} ({left_out}); {len(held_out)} held out{f" ({held_out_left})" * bool(held_out)}
 {args.steps} steps of {args.prompts_per_step} prompts x {n} rollouts, {args.minibatches_per_step} optimizer steps each; micro-batches of {args.tokens_per_microbatch} tokens a rank
 writing to {out}

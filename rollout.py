@@ -99,8 +99,7 @@ def check_vllm():
                          "install requirements.txt (GPU) or requirements-cpu.txt (no GPU), as the README shows")
 
 
-def build(model, config_overrides=None, *, max_tokens, tensor_parallel=1, temperature_logps=True, seed=0,
-          gpu_memory_utilization=0.5, max_num_seqs=256, eager=False):
+def build(model, config_overrides=None, *, max_tokens, tensor_parallel=1, seed=0, gpu_memory_utilization=0.5):
     """A vLLM engine for the Hugging Face directory or hub id `model`.
 
     config_overrides: function HF config -> HF config, applied before the weights are read (None: as it is).
@@ -126,13 +125,13 @@ def build(model, config_overrides=None, *, max_tokens, tensor_parallel=1, temper
         hf_overrides=config_overrides,
         dtype="bfloat16" if gpu else "float32",
         max_model_len=max_tokens,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=256,
         tensor_parallel_size=tensor_parallel,
         distributed_executor_backend="external_launcher" if torch.distributed.is_initialized() else None,
-        logprobs_mode="processed_logprobs" if temperature_logps else "raw_logprobs",
+        logprobs_mode="processed_logprobs",  # after temperature and top-p: of the distribution that was sampled
         gpu_memory_utilization=gpu_memory_utilization,
         enable_sleep_mode=gpu,
-        enforce_eager=eager or not gpu,
+        enforce_eager=not gpu,
         # On a CPU a prompt must be read whole: of one cut by the batch limit vLLM 0.32 draws a token, discards it, and
         # rewinds the request's random generator, which only a GPU's can ("CPU Generator does not use offset").
         **({} if gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_tokens)}),

@@ -326,6 +326,14 @@ def tiny_lm():
                                         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True)).double()
 
 
+def tiny_critic():
+    from transformers import Qwen2ForTokenClassification
+    config = tiny_lm().config
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    torch.manual_seed(7)
+    return Qwen2ForTokenClassification(config).double()
+
+
 def made_up_value(ids, response):
     """A critic: some function of the token, in float64."""
     return torch.sin(ids[response].double())
@@ -359,6 +367,13 @@ def gradient_on_ranks(rank, world, port, cases, path):
         accumulate(policy, batches, befores, totals)
         results.append({name: p.grad.full_tensor().clone() for name, p in lm.named_parameters()} | seen)
         policy.zero_grad()
+    value_model = tiny_critic()
+    critic = fully_shard(Critic(value_model))
+    batches = [("ppo", batch) for batch in plan_microbatches(build_sequences(made_up_step(0), METHODS["ppo"], 1.0, 32)["ppo"], world, 40)[rank]]
+    befores = before_update(policy, critic, batches, SimpleNamespace(**ARGS), cpu, collections.defaultdict(float))
+    befores = [b if b.value is None else b._replace(value=stale(b.value)) for b in befores]
+    accumulate_critic_gradient(critic, batches, befores, 0.2, cpu, collections.defaultdict(float))
+    results.append({name: p.grad.full_tensor().clone() for name, p in value_model.named_parameters()})
     if rank == 0:
         torch.save(results, path)
     dist.destroy_process_group()
@@ -375,6 +390,10 @@ CASES = {"whole": (made_up_step(2), "hpt", 10_000, {}, False), "one row": (made_
          "small": (made_up_step(2), "hpt", 50, {"probe": True}, False), "wrong whole": (made_up_step(2), "hpt", 10_000, {}, True),
          "wrong small": (made_up_step(2), "hpt", 50, {}, True),
          "rollout": (made_up_step(0), "grpo", 40, {"pi_ref": "rollout"}, False), "tis": (made_up_step(0), "grpo", 40, {"pi_ref": "tis"}, False)}
+CASES["smooth"] = ([p._replace(alpha=q / 6, beta=1 - q / 6) for q, p in enumerate(made_up_step(2))], "hpt", 40, {}, False)
+CASES["clip"] = (made_up_step(0), "dr_grpo", 40, {"clip_eps": 0.05}, False)
+CASES["bonus"] = (made_up_step(0), "grpo", 40, {"entropy_coef": 0.1}, False)
+CASES["ppo, one row"] = (made_up_step(0), "ppo", 1, {}, False)
 CASES["reordered"] = ([p._replace(rolled=p.rolled[::-1], rewards=p.rewards[::-1]) for p in reversed(made_up_step(2))], "hpt", 50, {}, False)
 CASES["dropped changed"] = ([p._replace(rolled=[r._replace(ids=r.ids[::-1]) for r in p.rolled]) if p.beta else p
                              for p in made_up_step(2)], "hpt", 10_000, {}, False)
@@ -383,34 +402,37 @@ CASES |= {name: (made_up_step(6 if name in ("sft", "dft") else 2 if method.meet 
           for name, method in METHODS.items()}
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def gradients(request, tmp_path_factory):
-    """{case: flat float64 gradient} from 1 and from 2 real processes; of the probe's case what it measured, as "probe"."""
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory):
+    """The trainer's gradients from 1 and from 2 real processes."""
+    return {world: gradients_of(world, tmp_path_factory.mktemp("gradients") / "gradients.pt") for world in (1, 2)}
+
+
+@pytest.fixture(params=[1, 2])
+def gradients(request, by_ranks):
+    return by_ranks[request.param]
+
+
+def gradients_of(world, path):
+    """{case: flat float64 gradient}, of the value loss as "critic"; and of the probe's case what it measured, as "probe"."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    torch.multiprocessing.spawn(gradient_on_ranks, (request.param, port, list(CASES.values()), path), nprocs=request.param)
-    results = dict(zip(CASES, torch.load(path)))
+    torch.multiprocessing.spawn(gradient_on_ranks, (world, port, list(CASES.values()), path), nprocs=world)
+    results = dict(zip([*CASES, "critic"], torch.load(path), strict=True))
     seen = {name: results["small"].pop(name) for name in list(results["small"]) if name.startswith("probe/")}
     return {case: torch.cat([p.flatten() for p in result.values()]) for case, result in results.items()} | {"probe": seen}
 
 
-def direct_gradient_of_method(name, prompts, sft_coef=0.05, L=32, pi_ref="old"):
+def direct_gradient_of_method(name, prompts, sft_coef=0.05, L=32, pi_ref="old", eps=0.2, bonus=0.0):
     """The method's loss written out prompt by prompt and token by token with plain transformers, no padding; flat float64."""
     lm, N, total = tiny_lm(), len(prompts), 0.0
     tokens = sum(len(r.ids) for p in prompts for r in p.rolled)
     def run(prompt, response):  # log-probabilities and mean entropy
         out = lm(torch.tensor([prompt + response])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-        return out.gather(-1, torch.tensor(response)[:, None])[:, 0], -(out.exp() * out).sum(-1).mean().item()
+        return out.gather(-1, torch.tensor(response)[:, None])[:, 0], -(out.exp() * out).sum(-1).mean()
     def ppo_advantages():
-        A = []
-        for r, R in ((r, R) for p in prompts for r, R in zip(p.rolled, p.rewards)):
-            V, row, after = torch.sin(torch.tensor(r.ids).double()).tolist() + [0.0], [], 0.0
-            for t in reversed(range(len(r.ids))):
-                after = (R if t == len(r.ids) - 1 else 0.0) + 0.9 * V[t + 1] - V[t] + 0.9 * 0.8 * after
-                row.insert(0, after)
-            A.append(torch.tensor(row, dtype=torch.double))
+        A = [direct_gae(R, torch.sin(torch.tensor(r.ids).double())) for p in prompts for r, R in zip(p.rolled, p.rewards)]
         mean, std = torch.cat(A).mean(), torch.cat(A).std(correction=0)
         return iter([(a - mean) / std for a in A])
     whitened = ppo_advantages() if name == "ppo" else None
@@ -426,23 +448,22 @@ def direct_gradient_of_method(name, prompts, sft_coef=0.05, L=32, pi_ref="old"):
         elif name == "luffy":
             loss = (with_demo[-1] - with_demo.mean()) * shaped / (G + 1) / L
         elif name == "srft":
-            loss = (0.5 * math.exp(-H) * d.sum() + (with_demo[-1] - with_demo.mean()) * shaped) / (G + 1) / L
-        elif not p.alpha:
-            loss = {"hpt": lambda: sft_coef * d.mean(), "hpt_off": lambda: (1 - 1 / (G + 1)) * shaped / L,
-                    "hpt_mix": lambda: sft_coef * d.mean() + (1 - 1 / (G + 1)) * shaped / L}[name]()
+            loss = (0.5 * (-H.detach()).exp() * d.sum() + (with_demo[-1] - with_demo.mean()) * shaped) / (G + 1) / L
         else:
-            loss = 0.0
+            offline = lambda: (with_demo[-1] - with_demo.mean()) * shaped / L
+            loss = p.beta * {"hpt": lambda: sft_coef * d.mean(), "hpt_off": offline,
+                             "hpt_mix": lambda: sft_coef * d.mean() + offline()}.get(name, lambda: 0.0)()
         for r, reward in zip(p.rolled, p.rewards) if name not in ("sft", "dft") and p.alpha else ():
             x, H = run(p.problem["prompt_ids"], r.ids)
             sampler, n = torch.tensor(r.logp, dtype=torch.double), len(r.ids)
             old = stale(sampler if pi_ref == "rollout" else x.detach())
             ratio, centred = torch.exp(x - old), reward - R.mean()
             standard = centred / (R.std() + 1e-6)
-            ppo = lambda a, lo=0.2, hi=0.2, ratio=ratio: torch.minimum(ratio * a, ratio.clamp(1 - lo, 1 + hi) * a)
+            ppo = lambda a, lo=eps, hi=eps, ratio=ratio: torch.minimum(ratio * a, ratio.clamp(1 - lo, 1 + hi) * a)
             s = torch.exp((x - old).mean())
             importance = (x.detach() - sampler).exp().clamp(max=2.0) if pi_ref == "tis" else 1.0
             group_tokens = sum(len(other.ids) for other in p.rolled)
-            loss = loss + {
+            loss = loss + bonus * H / G + p.alpha * {
                 "reinforce": lambda: (2 * reward - 1) * x.mean() / G,
                 "rloo": lambda: (reward - (R.sum() - reward) / (G - 1)) * x.sum() / G / L,
                 "ppo": lambda: ppo(next(whitened)).sum() / tokens * N,
@@ -452,11 +473,48 @@ def direct_gradient_of_method(name, prompts, sft_coef=0.05, L=32, pi_ref="old"):
                 "cispo": lambda: (ratio.clamp(max=1.2).detach() * standard * x).sum() / group_tokens,
                 "gspo": lambda: ppo(standard, 3e-4, 4e-4, s) / G,
                 "luffy": lambda: (ratio * (reward - with_demo.mean())).sum() / (G + 1) / L,
-                "srft": lambda: (0.1 * math.exp(H) if reward else -1.0) * x.sum() / (G + 1) / L,
+                "srft": lambda: (0.1 * H.detach().exp() if reward else -1.0) * x.sum() / (G + 1) / L,
             }.get(name, lambda: ppo(centred).sum() / G / L)()  # hpt's
         total = total - loss / N
     total.backward()
     return torch.cat([p.grad.flatten() for p in lm.parameters()])
+
+
+def direct_gae(reward, V):
+    """GAE(0.9, 0.8) of one response with values V (n,), step by step from the end."""
+    row, after, V = [], 0.0, V.tolist() + [0.0]
+    for t in reversed(range(len(V) - 1)):
+        after = (reward if t == len(V) - 2 else 0.0) + 0.9 * V[t + 1] - V[t] + 0.9 * 0.8 * after
+        row.insert(0, after)
+    return torch.tensor(row, dtype=torch.double)
+
+
+def direct_critic_gradient(prompts, clip=0.2, half=0.5):
+    """PPO's clipped value loss written out token by token, no padding."""
+    lm, total = tiny_critic(), 0.0
+    for p in prompts:
+        for r, reward in zip(p.rolled, p.rewards):
+            hidden = lm.base_model(torch.tensor([p.problem["prompt_ids"] + r.ids])).last_hidden_state[0]
+            V = lm.score(hidden)[len(p.problem["prompt_ids"]) - 1 : -1, 0]
+            returns, old = direct_gae(reward, V.detach()) + V.detach(), stale(V.detach())
+            for t in range(len(V)):
+                near = old[t] + (V[t] - old[t]).clamp(-clip, clip)
+                total = total + half * torch.maximum((V[t] - returns[t]) ** 2, (near - returns[t]) ** 2)
+    (total / sum(len(r.ids) for p in prompts for r in p.rolled)).backward()
+    return torch.cat([p.grad.flatten() for p in lm.parameters()])
+
+
+def test_critic_gradient(gradients):
+    assert error(gradients["critic"], direct_critic_gradient(made_up_step(0))) <= 1e-6
+    assert error(gradients["critic"], direct_critic_gradient(made_up_step(0), clip=math.inf)) > 1e-3  # negative controls
+    assert error(gradients["critic"], direct_critic_gradient(made_up_step(0), half=1.0)) > 1e-2
+
+
+def test_ranks_agree(by_ranks):
+    for case in [*CASES, "critic"]:
+        if not str(case).startswith("wrong"):
+            assert error(by_ranks[2][case], by_ranks[1][case]) <= 1e-8, case
+    assert error(by_ranks[2]["wrong small"], by_ranks[1]["wrong small"]) > 1e-2  # negative control
 
 
 def test_one_gradient(gradients):
@@ -479,6 +537,13 @@ def test_every_method_in_the_training_loop_is_its_directly_written_loss(gradient
         assert error(gradients[name], wanted[name]) <= 1e-6, name
         others = {other: error(gradients[name], wanted[other]) for other in METHODS if other != name}
         assert min(others.values()) > 1e-2, (name, others)  # negative control
+    assert error(gradients["ppo, one row"], gradients["ppo"]) <= 1e-8
+    assert error(gradients["smooth"], direct_gradient_of_method("hpt", CASES["smooth"][0])) <= 1e-6
+    assert error(gradients["smooth"], direct_gradient_of_method("hpt", [p._replace(alpha=1.0) for p in CASES["smooth"][0]])) > 1e-2
+    assert error(gradients["clip"], direct_gradient_of_method("dr_grpo", made_up_step(0), eps=0.05)) <= 1e-6
+    assert error(gradients["clip"], wanted["dr_grpo"]) > 1e-2
+    assert error(gradients["bonus"], direct_gradient_of_method("grpo", made_up_step(0), bonus=0.1)) <= 1e-6
+    assert error(gradients["bonus"], direct_gradient_of_method("grpo", made_up_step(0), bonus=-0.1)) > 1e-2
     for pi_ref in ("rollout", "tis"):
         assert error(gradients[pi_ref], direct_gradient_of_method("grpo", made_up_step(0), pi_ref=pi_ref)) <= 1e-6
         assert error(gradients[pi_ref], wanted["grpo"]) > 1e-2
@@ -507,14 +572,10 @@ def fit_critic(rank, port, path):
     import collections
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
-    from transformers import Qwen2ForTokenClassification
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
-    torch.manual_seed(6)
-    config = tiny_lm().config
-    config.num_labels, config.classifier_dropout = 1, 0.0
-    critic = fully_shard(Critic(Qwen2ForTokenClassification(config)))
+    critic = fully_shard(Critic(tiny_critic().float()))
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
     args = SimpleNamespace(**ARGS | {"gae_gamma": 1.0, "gae_lambda": 1.0})
     policy = lambda ids, response: (torch.zeros(int(response.sum())), None)

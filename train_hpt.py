@@ -59,7 +59,7 @@ def parse_args(argv=None):
     flag("--system-prompt", help="system message of the chat; '' for none, 'data' for the data set's own (default: "
          "'Please reason step by step, and put your final answer within \\boxed{}.')")
     flag("--max-prompt-tokens", type=int, default=1024, help="longer prompts are left out (%(default)s)")
-    flag("--max-response-tokens", type=int, default=8192, help="also L_max of Dr. GRPO; demonstrations that do not fit "
+    flag("--max-response-tokens", type=int, default=8192, help="also the constant L_max of the table; demonstrations that do not fit "
          "whole are left out (%(default)s)")
     flag = parser.add_argument_group("rollout").add_argument
     flag("--prompts-per-step", type=int, default=128, help="prompts a rollout step (%(default)s)")
@@ -77,8 +77,8 @@ def parse_args(argv=None):
          "0.25 for Llama (%(default)s)")
     flag("--sft-coef", type=float, default=0.05, help="c_sft, weight of the SFT loss in HPT; 0.05 is what the authors' "
          "run amounts to, 1.0 is Eq. 13 taken literally (%(default)s)")
-    flag("--clip-eps", type=float, help="clip range on both sides; default the row's own (0.2; gspo 3e-4 and 4e-4); "
-         "inf, which the authors ran, clips nothing")
+    flag("--clip-eps", type=float, help="clip range on both sides; default the row's own (0.2; dapo 0.2 and 0.28; "
+         "gspo 3e-4 and 4e-4); inf, which the authors ran, clips nothing")
     flag("--pi-ref", choices=("old", "rollout", "tis"), default="old", help="pi_old is the trainer's own, what the sampler "
          "reported, or the trainer's with truncated importance weights between the two (%(default)s)")
     flag("--tis-cap", type=float, default=2.0, help="largest weight of --pi-ref tis (%(default)s)")
@@ -207,7 +207,8 @@ def build_sequences(prompts, method, sft_coef, l_max):
         L = (1/N) sum_q [ alpha_q L_RL(q) + c_sft beta_q L_SFT(q) ]
 
     c_sft weighs the sft row against rollouts; alone it has nothing to be weighed against, and it is 1. The other rows of
-    demonstrations are written by their authors on the scale of the rollouts' rows.
+    demonstrations have the scale of the rollouts' rows and no coefficient; under a gate the demonstration is a group of its
+    own in the normaliser (G = 1), as it stands for all n rollouts.
     """
     parts = {}
     for name in filter(None, (method.rollout, *method.demo)):
@@ -282,6 +283,7 @@ class Before(NamedTuple):
     advantage: torch.Tensor
     weight: torch.Tensor
     old_logp: torch.Tensor | None = None  # of rollouts
+    factor: torch.Tensor | None = None  # of PI_OLD, already in the advantage
     value: torch.Tensor | None = None  # of PPO's critic
     returns: torch.Tensor | None = None
 
@@ -304,25 +306,26 @@ def before_update(policy, critic, batches, args, device, totals):
             value = critic(ids, response)[None] if critic else None
             if batch:
                 old_logp, factor = PI_OLD[args.pi_ref](logp, sampler, args.tis_cap)
-                before = before._replace(old_logp=old_logp, weight=before.weight * factor)
+                before = before._replace(old_logp=old_logp, factor=factor)
                 gap = logp - sampler
                 totals["mismatch_kl"] += (gap.exp() - 1 - gap).sum().item()
-                totals["mismatch_max"] = max(totals["mismatch_max"], gap.abs().max().item())
+                totals["mismatch_max"] = max(gap.abs().max().item(), totals["mismatch_max"])
                 totals["old_tokens"] += gap.numel()
             if batch and critic:
                 A = packed_gae(batch, value, args.gae_gamma, args.gae_lambda)
                 before = before._replace(advantage=A, value=value, returns=A + value)
+                A, R = A.double(), before.returns.double()
                 moments += torch.stack([torch.ones_like(A).sum(), A.sum(), A.square().sum()])
-                totals["returns"] += before.returns.sum().item()
-                totals["returns_sq"] += before.returns.square().sum().item()
+                totals["returns"] += R.sum().item()
+                totals["returns_sq"] += R.square().sum().item()
         befores.append(before)
     if critic:
         dist.all_reduce(moments)
         n, total, squares = moments.tolist()
-        mean, std = total / n, math.sqrt(max(0.0, squares / n - (total / n) ** 2))
+        mean, std = total / n, math.sqrt(max(squares / n - (total / n) ** 2, 0.0))
         totals["advantage_var"] = std**2 / dist.get_world_size()  # every rank has it, and totals are summed
-        befores = [b._replace(advantage=(b.advantage - mean) / (std + 1e-8)) for b in befores]
-    return befores
+        befores = [b if b.returns is None else b._replace(advantage=(b.advantage - mean) / (std + 1e-8)) for b in befores]
+    return [b if b.factor is None else b._replace(advantage=b.advantage * b.factor) for b in befores]
 
 
 def packed_gae(batch, value, gamma, lam):
@@ -368,11 +371,13 @@ def accumulate_gradient(policy, batches, befores, args, device, totals):
 
 
 def accumulate_critic_gradient(critic, batches, befores, value_clip, device, totals):
-    """Add the gradient of PPO's clipped value loss over this rank's micro-batches, with the policy's weights.
+    """Add the gradient of PPO's clipped value loss over this rank's micro-batches of rollouts, with the policy's weights.
 
         sum_t N_t 1/2 max( (V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2 )
     """
-    for (_, batch), before in progress(list(zip(batches, befores, strict=True)), "critic"):
+    for (name, batch), before in progress(list(zip(batches, befores, strict=True)), "critic"):
+        if TABLE[name].data == "demo":
+            continue
         value = critic(*collate(batch, device))[None]  # (1, n)
         loss = 0.0 * value.sum()
         if batch:
@@ -383,7 +388,7 @@ def accumulate_critic_gradient(critic, batches, befores, value_clip, device, tot
         (loss * dist.get_world_size()).backward()
 
 
-def step_optimizer(module, optimizer, lr, warmup_steps, max_norm, updates_done):
+def step_optimizer(module, optimizer, lr, warmup_steps, max_norm, updates_done, name="policy"):
     """Clip, step, clear; return the gradient norm. One that is not finite skips the step, says so, and harms nothing."""
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1.0, (updates_done + 1) / max(1, warmup_steps))
@@ -391,7 +396,7 @@ def step_optimizer(module, optimizer, lr, warmup_steps, max_norm, updates_done):
     if math.isfinite(norm):
         optimizer.step()
     elif dist.get_rank() == 0:
-        print(f"optimizer step {updates_done + 1}: gradient norm {norm}: skipped", flush=True)
+        print(f"optimizer step {updates_done + 1}: gradient norm of the {name} {norm}: skipped", flush=True)
     optimizer.zero_grad()
     return norm
 
@@ -409,7 +414,7 @@ def main(args):
     data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
     needs_critic = bool(method.rollout) and TABLE[method.rollout].advantage is gae
     if needs_critic:
-        model.check_critic(config)
+        model.check_critic(config, args.critic)
     problems, left_out = load_problems(args, args.data, tokenizer, need_demonstration=bool(method.demo))
     held_out, held_out_left = load_problems(args, args.eval_data, tokenizer, flag="--eval-data") if args.eval_data else ([], "")
     data.check_weights(args.model, config)
@@ -436,7 +441,7 @@ def main(args):
             critic_optimizer = adamw(critic.parameters(), lr=args.critic_lr)
         out = report.open_output(args)
         if chief:
-            report.print_plan(args, out, policy, tokenizer, problems, left_out, held_out, held_out_left, n)
+            report.print_plan(args, out, policy, critic, tokenizer, problems, left_out, held_out, held_out_left, n)
 
         def sample(share):  # of (prompt ids, seed) pairs
             return rollout.generate(llm, [ids for ids, _ in share], [seed for _, seed in share], n=n,
@@ -500,7 +505,7 @@ def main(args):
                 minibatches.append([(row, batch) for row, sequences in parts.items()
                                     for batch in plan_microbatches(sequences, world, args.tokens_per_microbatch)[rank]])
             befores = iter(before_update(policy, critic, sum(minibatches, []), args, device, totals))
-            grad_norms, seen = [], {}
+            grad_norms, critic_norms, seen = [], [], {}
             for batches in minibatches:
                 given = [next(befores) for _ in batches]
                 if args.probe_gradients and step % args.probe_gradients == 0 and not seen:
@@ -509,14 +514,15 @@ def main(args):
                 grad_norms.append(step_optimizer(policy, optimizer, args.lr, args.warmup_steps, args.max_grad_norm, updates))
                 if critic:
                     accumulate_critic_gradient(critic, batches, given, args.value_clip, device, totals)
-                    step_optimizer(critic, critic_optimizer, args.critic_lr, args.warmup_steps, args.max_grad_norm, updates)
+                    critic_norms.append(step_optimizer(critic, critic_optimizer, args.critic_lr, args.warmup_steps,
+                                                       args.max_grad_norm, updates, "critic"))
                 updates += 1
             times["train"] = lap()
 
             # 5. The sampler takes the new weights; metrics, checkpoint.
             sync()
             times["sync"] = lap()
-            metrics = report.step_metrics(args, method, step, prompts, reduced(totals), grad_norms, times, policy) | seen
+            metrics = report.step_metrics(args, method, step, prompts, reduced(totals), grad_norms, critic_norms, times, policy) | seen
             last = step == args.steps
             if held_out and (last or args.eval_every and step % args.eval_every == 0):
                 after, scores = measure_held_out(step)
@@ -579,7 +585,8 @@ def reduced(totals):
     """The ranks' totals summed, or the maximum of those named so."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, dict(totals))
-    join = lambda key: max if key.endswith("_max") else sum
+    largest = lambda values: max(values, key=lambda x: (math.isnan(x), x))  # a NaN is never hidden
+    join = lambda key: largest if key.endswith("_max") else sum
     return collections.defaultdict(float, {k: join(k)(t.get(k, 0.0) for t in everyone) for t in everyone for k in t})
 
 

@@ -125,7 +125,7 @@ def adv_one(rewards):
     return torch.ones_like(rewards)
 
 def adv_sign(rewards):
-    """+1 / -1 for reward 1 / 0"""
+    """+1 / -1"""
     return 2 * rewards - 1
 
 def adv_centred(rewards):
@@ -134,7 +134,7 @@ def adv_centred(rewards):
     return torch.where(same, 0, rewards - rewards.mean(-1, keepdim=True))
 
 def adv_leave_one_out(rewards):
-    """R - mean of others, G/(G-1) times R - mean (RLOO, arXiv 2402.14740)"""
+    """R - mean of others"""  # G/(G-1) times R - mean (RLOO, arXiv 2402.14740)
     return adv_centred(rewards) * rewards.shape[-1] / max(1, rewards.shape[-1] - 1)
 
 def adv_standardised(rewards, eps=1e-6):
@@ -198,7 +198,7 @@ def per_token(lengths, group, prompts, l_max):
 
 def group_sum(x, group):
     """Sum of x (B,) over the members of each one's group: (B,) float64."""
-    return torch.zeros(int(group.max()) + 1, dtype=torch.double).index_add_(0, group, x.double())[group]
+    return torch.zeros(int(group.max()) + 1, dtype=torch.double, device=x.device).index_add_(0, group, x.double())[group]
 
 def sequence_mean(x, valid, seq):
     """Mean of x over the valid tokens of each token's own sequence, in the shape of x."""
@@ -288,7 +288,8 @@ if __name__ == "__main__":
     name = lambda component: component.__doc__.splitlines()[0]
     cells = [("algorithm", "data", "1_stable", "pi_ref", "A", "N (normaliser)")]
     product = lambda row: name(row.advantage) if row.factor is factor_one else f"({name(row.advantage)}) * ({name(row.factor)})"
-    cells += [(key, row.data, name(row.stable), name(row.log_ref), product(row), name(row.normaliser)) for key, row in TABLE.items()]
+    stable = lambda row: name(row.stable) + ("" if row.stable is stable_always else ", eps %g %g" % row.eps)
+    cells += [(key, row.data, stable(row), name(row.log_ref), product(row), name(row.normaliser)) for key, row in TABLE.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print("grad J = sum_t N * 1_stable * (1/pi_ref) * A * grad pi_theta\n")
     for line in cells:
