@@ -123,7 +123,7 @@ def report(folder, seeds):
             final[label].append([r for r in rows if r["step"] == rows[-1]["step"]])
             if before is None and label not in LONGER and RUNS[label][1].get("model") not in RUNS:
                 before = [r for r in rows if r["step"] == 0]
-    text = ["| method | seeds | held out, % | levels 5-6, % | rollouts | demonstration tokens | training, s |", "|---|---|---|---|---|---|---|"]
+    text = ["| method | seeds | held out, % | levels 5-6, % | rollouts | demonstration tokens | training, s, median |", "|---|---|---|---|---|---|---|"]
     if before:
         text += [f"| base | | {accuracies(before):.1f} | {accuracies(before, HARD):.1f} | | | |"]
     for label, results in final.items():
@@ -135,7 +135,7 @@ def report(folder, seeds):
         total = lambda name: [sum(r[name] for r in rows) for rows in steps]
         text += [f"| {label} | {len(results)} | {spread([accuracies(r) for r in results])} | {spread([accuracies(r, HARD) for r in results])} | "
                  f"{statistics.fmean(total('data/rollouts')):,.0f} | {statistics.fmean(total('data/demo_tokens')):,.0f} | "
-                 f"{statistics.fmean(total('time/step')):.0f} |"]
+                 f"{statistics.median(total('time/step')):.0f} |"]
     deep = {label: path for label in ["base", *MAIN] if (path := directory(folder, label, 0).with_suffix(".pass.jsonl")).exists()}
     curves = {}
     if deep:
