@@ -84,9 +84,11 @@ def check_critic(config, directory=None):
 def build_critic(args, config, device):
     """The sharded critic: --critic, as a run saved it, or the base of --model with a head that says 0."""
     from transformers import AutoModelForTokenClassification
-    config = type(config).from_dict(config.to_dict() | {"num_labels": 1, "classifier_dropout": 0.0})
-    lm = AutoModelForTokenClassification.from_pretrained(args.critic or args.model, config=config, dtype="auto")
-    if not args.critic:
+    if args.critic:  # its own config, not the base's: that names the dtype in which it was saved
+        lm = AutoModelForTokenClassification.from_pretrained(args.critic, dtype="auto")
+    else:
+        config = type(config).from_dict(config.to_dict() | {"num_labels": 1, "classifier_dropout": 0.0})
+        lm = AutoModelForTokenClassification.from_pretrained(args.model, config=config, dtype="auto")
         torch.nn.init.zeros_(lm.score.weight)
         torch.nn.init.zeros_(lm.score.bias)
     return shard(Critic(lm), args.gradient_checkpointing, device)
