@@ -64,7 +64,7 @@ def call(line, log):
 def work(folder, label, seed, steps, samples, toy_flags):
     """Train one run and evaluate its end; what is there already is kept. True if anything was done."""
     out, (method, more) = directory(folder, label, seed), RUNS[label]
-    flags = toy_flags | {"method": method, "seed": seed, "steps": steps, "eval_every": 15} | more
+    flags = toy_flags | {"method": method, "seed": seed, "steps": steps, "eval_every": steps // 2} | more
     if flags["model"] in RUNS:
         flags["model"] = directory(folder, flags["model"], seed) / "final"
     if flags["data"] == "longer":
@@ -80,12 +80,12 @@ def work(folder, label, seed, steps, samples, toy_flags):
 
 
 def deep_evaluation(folder, label, seed, model, samples, toy_flags):
-    """Many samples of every held-out problem, for pass@k, of the first seed of the main methods. True if it was done now."""
+    """Many samples of the hard held-out problems, for pass@k, of the first seed of the main methods. True if it was done now."""
     results = directory(folder, label, seed).with_suffix(".pass.jsonl")
     if seed or label not in [*MAIN, "base"] or results.exists():
         return False
     same = {name: toy_flags[name] for name in ("max_prompt_tokens", "max_response_tokens")}
-    call(command("evaluate.py", model=model, data=toy_flags["eval_data"], samples=samples, temperature=1.0, top_p=1.0, **same,
+    call(command("evaluate.py", model=model, data=folder / "hard_held_out.jsonl", samples=samples, temperature=1.0, top_p=1.0, **same,
                  out=results), folder / f"{results.stem}.log")
     return True
 
@@ -115,17 +115,17 @@ def report(folder, seeds):
     ends = {label: directories for label, directories in ends.items() if directories}
     if not ends:
         raise SystemExit(f"error: no finished run in {folder}")
-    final = {}
+    final, middle = {label: [] for label in ends}, {label: [] for label in ends}
     for label, directories in ends.items():
-        final[label] = []
         for d in directories:
             rows = read(d / "held_out.jsonl")
             final[label].append([r for r in rows if r["step"] == rows[-1]["step"]])
+            middle[label].append([r for r in rows if 0 < r["step"] < rows[-1]["step"]])
             if before is None and label not in LONGER and RUNS[label][1].get("model") not in RUNS:
                 before = [r for r in rows if r["step"] == 0]
-    text = ["| method | seeds | held out, % | levels 5-6, % | rollouts | demonstration tokens | training, s, median |", "|---|---|---|---|---|---|---|"]
+    text = ["| method | seeds | halfway, % | held out, % | levels 5-6, % | rollouts | demonstration tokens | training, s, median |", "|---" * 8 + "|"]
     if before:
-        text += [f"| base | | {accuracies(before):.1f} | {accuracies(before, HARD):.1f} | | | |"]
+        text += [f"| base | | | {accuracies(before):.1f} | {accuracies(before, HARD):.1f} | | | |"]
     for label, results in final.items():
         if label in LONGER:
             continue
@@ -133,7 +133,9 @@ def report(folder, seeds):
         runs = [[d, *([directory(folder, parent, d.name.rsplit('seed')[1])] if parent else [])] for d in ends[label]]
         steps = [[r for part in parts for r in read(part / "metrics.jsonl") if r["step"]] for parts in runs]
         total = lambda name: [sum(r[name] for r in rows) for rows in steps]
-        text += [f"| {label} | {len(results)} | {spread([accuracies(r) for r in results])} | {spread([accuracies(r, HARD) for r in results])} | "
+        halfway = [accuracies(r) for r in middle[label] if r]  # where a run has one evaluation between first and last
+        text += [f"| {label} | {len(results)} | {spread(halfway) if halfway else ''} | {spread([accuracies(r) for r in results])} | "
+                 f"{spread([accuracies(r, HARD) for r in results])} | "
                  f"{statistics.fmean(total('data/rollouts')):,.0f} | {statistics.fmean(total('data/demo_tokens')):,.0f} | "
                  f"{statistics.median(total('time/step')):.0f} |"]
     deep = {label: path for label in ["base", *MAIN] if (path := directory(folder, label, 0).with_suffix(".pass.jsonl")).exists()}
@@ -142,7 +144,7 @@ def report(folder, seeds):
         ks = [2**i for i in range(read(next(iter(deep.values())))[0]["samples"].bit_length())]
         text += ["", "| pass@k, levels 5-6, seed 0, % | " + " | ".join(map(str, ks)) + " |", "|---" * (len(ks) + 1) + "|"]
         for label, path in deep.items():
-            rows = [r for r in read(path) if r["level"] in HARD]
+            rows = read(path)
             curves[label] = [100 * statistics.fmean(evaluate.pass_at_k(r["samples"], r["correct"], k) for r in rows) for k in ks]
             text += [f"| {label} | " + " | ".join(f"{value:.1f}" for value in curves[label]) + " |"]
     if any(label in LONGER for label in final):
@@ -175,7 +177,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1 of every run (%(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="rollout steps of every run but those on longer sums, which take 60 (%(default)s)")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count()), help="runs at a time, one thread each (%(default)s)")
-    parser.add_argument("--samples", type=int, default=64, help="samples a held-out problem for pass@k, seed 0 (%(default)s)")
+    parser.add_argument("--samples", type=int, default=64, help="samples of a hard held-out problem for pass@k, seed 0 (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="LABEL", help="of " + "; ".join(RUNS))
     parser.add_argument("--out", default="runs/compare", help="(%(default)s)")
     parser.add_argument("--report", action="store_true", help="only the table and the figures, from the runs that are there")
@@ -189,7 +191,9 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if not args.report:
         toy_flags = toy.defaults()
-        for name, rows in zip(("longer", "longer_held_out"), toy.problems(counts={7: 500})):
+        longer, longer_held_out = toy.problems(counts={7: 500})
+        hard = [row for row in toy.problems()[1] if row["level"] in HARD]
+        for name, rows in {"longer": longer, "longer_held_out": longer_held_out, "hard_held_out": hard}.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         waves = [[(label, seed) for seed in range(args.seeds) for label in args.only if (RUNS[label][1].get("model") in RUNS) == second]
                  for second in (False, True)]  # those that start from another's checkpoint come second
