@@ -81,12 +81,11 @@ def work(folder, label, seed, steps, samples, toy_flags):
 
 def deep_evaluation(folder, label, seed, model, samples, toy_flags):
     """Many samples of the hard held-out problems, for pass@k, of the first seed of the main methods. True if it was done now."""
-    results = directory(folder, label, seed).with_suffix(".pass.jsonl")
-    if seed or label not in [*MAIN, "base"] or results.exists():
+    out = directory(folder, label, seed).with_suffix(".pass")
+    if seed or label not in [*MAIN, "base"] or (out / "results.jsonl").exists():
         return False
-    same = {name: toy_flags[name] for name in ("max_prompt_tokens", "max_response_tokens")}
-    call(command("evaluate.py", model=model, data=folder / "hard_held_out.jsonl", samples=samples, temperature=1.0, top_p=1.0, **same,
-                 out=results), folder / f"{results.stem}.log")
+    call(command("evaluate.py", model=model, data=folder / "hard_held_out.jsonl", samples=samples, temperature=1.0, top_p=1.0,
+                 max_response_tokens=toy_flags["max_response_tokens"], out=out), folder / f"{out.name}.log")
     return True
 
 
@@ -138,15 +137,15 @@ def report(folder, seeds):
                  f"{spread([accuracies(r, HARD) for r in results])} | "
                  f"{statistics.fmean(total('data/rollouts')):,.0f} | {statistics.fmean(total('data/demo_tokens')):,.0f} | "
                  f"{statistics.median(total('time/step')):.0f} |"]
-    deep = {label: path for label in ["base", *MAIN] if (path := directory(folder, label, 0).with_suffix(".pass.jsonl")).exists()}
+    deep = {label: path for label in ["base", *MAIN] if (path := directory(folder, label, 0).with_suffix(".pass") / "results.jsonl").exists()}
     curves = {}
     if deep:
         ks = [2**i for i in range(read(next(iter(deep.values())))[0]["samples"].bit_length())]
         text += ["", "| pass@k, levels 5-6, seed 0, % | " + " | ".join(map(str, ks)) + " |", "|---" * (len(ks) + 1) + "|"]
         for label, path in deep.items():
             rows = read(path)
-            curves[label] = [100 * statistics.fmean(evaluate.pass_at_k(r["samples"], r["correct"], k) for r in rows) for k in ks]
-            text += [f"| {label} | " + " | ".join(f"{value:.1f}" for value in curves[label]) + " |"]
+            curves[label] = {k: 100 * evaluate.mean_pass_at_k(rows, k)[0] for k in ks}
+            text += [f"| {label} | " + " | ".join(f"{value:.1f}" for value in curves[label].values()) + " |"]
     if any(label in LONGER for label in final):
         text += ["", "| sums of 7 digits, 60 steps, lr 5e-4 | seeds | before, % | held out, % | share gated at the end | reward at the end |", "|---" * 6 + "|"]
         for label in filter(final.get, LONGER):
@@ -167,7 +166,7 @@ def report(folder, seeds):
     (folder / "comparison.md").write_text("\n".join(text) + "\n")
     plot.plot({label: ends[label] for label in MAIN if label in ends}, folder / "comparison.png", PANELS)
     if curves:
-        plot.pass_at_k(ks, curves, folder / "pass.png")
+        plot.pass_at_k(curves, folder / "pass.png")
     return "\n".join(text)
 
 

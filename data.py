@@ -1,7 +1,7 @@
 """Problems with demonstrations, from a file or the hub, rendered to token ids.
 
-A problem is a dict: "prompt" (str), "answer" (str), "demonstration" (str, absent where a method needs none), and
-where the source has them "system" (str) and "level" (any label by which results are broken down).
+A problem is a dict: "prompt" (str), "answer" (str, or a list of accepted ones), "demonstration" (str, absent where a
+method needs none), and where the source has them "system" (str) and "level" (any label by which results are broken down).
 """
 import json
 import math
@@ -14,7 +14,7 @@ PLAIN = "Question:\n{prompt}\n" + SYSTEM + "\nAnswer:\nLet's think step by step.
 def load_problems(source, need_demonstration=False, flag="--data"):
     """Read problems from a .jsonl, .json (a list) or .parquet file, or the hub data set `source` (split train).
 
-    Rows have `prompt`, `answer`, `demonstration` as strings, or the layout of the paper's training set
+    Rows have `prompt`, `answer`, `demonstration` as above, or the layout of the paper's training set
     (Elliott/Openr1-Math-46k-8192): `prompt` a list of messages, `target` a list with the demonstration,
     `reward_model.ground_truth` the answer. Demonstrations are read where they are needed. Raises SystemExit with the
     file and line of the first bad row; `flag` is the one that named the source.
@@ -28,14 +28,19 @@ def load_problems(source, need_demonstration=False, flag="--data"):
             raise SystemExit(f"error: {flag} {source}: a data file ends in .jsonl, .json or .parquet")
         rows = list(_read(path))
     else:
-        datasets = _need("datasets")
-        try:
-            rows = list(enumerate(datasets.load_dataset(source, split="train"), 1))
-        except Exception as error:  # the hub has dozens of ways to fail; each names its reason
-            raise SystemExit(f"error: {flag} {source}: not a file here, and as a hub data set it fails: {error}") from error
+        rows = list(enumerate(load_hub(source, None, "train", f"{flag} {source}: not a file here, and"), 1))
     if not rows:
         raise SystemExit(f"error: {flag} {source}: no rows")
     return [_problem(row, f"{source}:{line}", need_demonstration) for line, row in rows]
+
+
+def load_hub(source, config, split, who):
+    """The rows (dicts) of a hub data set, or SystemExit with a sentence that begins with `who`."""
+    datasets = _need("datasets")
+    try:
+        return list(datasets.load_dataset(source, config, split=split))
+    except Exception as error:  # the hub has dozens of ways to fail; each names its reason
+        raise SystemExit(f"error: {who} the hub data set {source} cannot be loaded: {error}") from error
 
 
 def _need(module):
@@ -97,14 +102,16 @@ def _problem(row, where, need_demonstration):
         if key not in flat:
             reason = "; this method trains on demonstrations" if key == "demonstration" else ""
             raise SystemExit(f"error: {where}: no '{key}' (it has: {', '.join(row)}){reason}")
-        if not isinstance(flat[key], str) or not flat[key].strip():
-            raise SystemExit(f"error: {where}: '{key}' must be a string that is not empty, not {flat[key]!r:.60}")
+        texts = flat[key] if key == "answer" and isinstance(flat[key], list) and flat[key] else [flat[key]]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise SystemExit(f"error: {where}: '{key}' must be a string that is not empty{' (or a list of them)' * (key == 'answer')}, "
+                             f"not {flat[key]!r:.60}")
     kept = {key: flat[key] for key in ("prompt", "answer", *("demonstration",) * need_demonstration, "system", "level")
             if flat.get(key) is not None}
     if not isinstance(kept.get("level", ""), (str, int, float)):
         raise SystemExit(f"error: {where}: 'level' must be a string or a number, not {kept['level']!r:.60}")
     try:
-        "".join(value for value in kept.values() if isinstance(value, str)).encode()
+        json.dumps(kept, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise SystemExit(f"error: {where}: half of a surrogate pair, which is no character: {error}") from error
     return kept

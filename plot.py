@@ -82,12 +82,13 @@ def plot(runs, path, panels=PANELS):
     _save(figure, path)
 
 
-def pass_at_k(ks, curves, path):
-    """Draw {label: pass@k, %, at each of ks} into the PNG `path`."""
+def pass_at_k(curves, path):
+    """Draw {label: {k: pass@k, %}} into the PNG `path`."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
     for label, values in curves.items():
-        axis.plot(ks, values, label=label, marker="o", markersize=3, linewidth=1.2)
+        axis.plot(*zip(*values.items()), label=label, marker="o", markersize=3, linewidth=1.2)
+    ks = [2**i for i in range(max(max(values) for values in curves.values()).bit_length())]
     axis.set_xscale("log", base=2)
     axis.set_xticks(ks, map(str, ks))
     axis.set(xlabel="k", ylabel="pass@k, %")

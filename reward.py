@@ -1,114 +1,193 @@
-"""The verifier: 1.0 if the last \\boxed{} of a response equals the reference answer by math-verify, else 0.0.
+"""The verifier: 1.0 if the last \\boxed{} of a response is the reference answer, else 0.0.
 
-math-verify guards itself with SIGALRM, which works only in a main thread and cannot interrupt a long integer power in
-C. So it runs in worker processes of its own, each answer under a hard deadline: a worker that misses it is killed and
-replaced, the answer scores 0 and is counted. A worker ends with the program, however that ends: it is told by the
-kernel, and its input closes.
+    reward(response, answer)                 one answer
+    with Verifier(workers=8) as verifier:    many, in order; the trainer's way
+        rewards = verifier.score(responses, answers)
+
+`grade` decides, by letter for multiple choice and by math-verify for everything else. math-verify guards itself with
+SIGALRM, which works only in a main thread and cannot interrupt a long integer power in C. So `grade`, or a function of
+yours (`--reward module:function`), runs in worker processes, each answer under a hard deadline and each worker under a
+memory limit: one that misses the deadline or dies is replaced, its answer scores 0 and is counted. A worker ends with
+the program, however that ends: it is told by the kernel, and its input closes.
 """
+import atexit
 import ctypes
-import importlib.util
+import functools
+import importlib
 import json
 import logging
+import math
 import os
 import queue
+import re
+import resource
 import select
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 LONGEST = 2000  # characters of a final answer worth parsing
-START = 60.0  # seconds a worker may take to import math-verify
+START = 60.0  # seconds a worker may take to import what it needs
+GRADE = "reward:grade"
 
 
 def last_boxed(text):
     """The content of the last \\boxed{...} of `text`, braces balanced, or None where there is none."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, i = 0, start + len("\\boxed")
-    while i < len(text):
-        if text[i] == "\\":
-            i += 1  # an escaped brace does not count
-        elif text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + len("\\boxed{") : i]
-        i += 1
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", text[starts[-1]:], re.DOTALL) if starts else ():  # an escaped brace does not count
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return text[starts[-1]:][: brace.start()]
     return None
 
 
-class Verifier:
-    """A pool of math-verify processes; build it before CUDA and vLLM start, use it in a `with` block.
+def grade(response, answer):
+    """1.0 if the last \\boxed{} of `response` (str) is `answer` (str, or a list of accepted ones), else 0.0.
 
-    deadline: seconds for one answer. `timeouts` counts the answers that missed it or took their worker down.
+    It can hang and can take all memory: `reward` and `Verifier` are the safe ways to call it.
+    """
+    given = last_boxed(response)
+    if given is None or not given.strip() or len(given) > LONGEST:
+        return 0.0
+    return float(any(_equal(given, wanted) for wanted in ([answer] if isinstance(answer, str) else answer)))
+
+
+def _equal(given, wanted):
+    """Whether two final answers, the second the reference, are the same."""
+    given, wanted = (_tidy(last_boxed(text) or text) for text in (given, wanted))  # some benchmarks box the reference too
+    if given == wanted:
+        return True
+    if letter := re.fullmatch(r"\(?([A-J])\)?", _plain(wanted)):  # multiple choice: by its letter, at the head of the answer
+        chosen = re.fullmatch(r"(?:(?:option|choice|answer)[\s:]*)?(?:\(([A-J])\).*|([A-J])(?:\s*[.:)].*)?)", _plain(given),
+                              re.IGNORECASE | re.DOTALL)
+        return bool(chosen) and (chosen[1] or chosen[2]).upper() == letter[1]
+    if "dots" in given + wanted:
+        return False  # math-verify drops an ellipsis, and then compares what was before it
+    bases = [re.fullmatch(r"\d+_\{?(\d+)\}?", text) for text in (given, wanted)]
+    if all(bases) and bases[0][1] != bases[1][1]:
+        return False  # math-verify drops a subscript
+    return any(_math_equal(given, text) for text in [wanted] + [wanted.rstrip("\\% ")] * wanted.endswith("%"))  # 62.5 for 62.5%
+
+
+def _math_equal(given, wanted):
+    """math-verify's verdict, with as many digits more as a small reference has zeros (it looks at 6 decimals)."""
+    from math_verify import parse, verify
+    from sympy import log
+
+    logging.disable()  # it warns, each time, that its own timeouts are off
+    gold, mine = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (wanted, given))
+    small = 0  # zeros after the point
+    if gold and getattr(gold[0], "is_number", False) and gold[0].is_zero is False:
+        small = max(0, math.ceil(-log(abs(gold[0]), 10).evalf()) - 1)
+    return verify(gold, mine, float_rounding=6 + small, numeric_precision=15 + small, allow_set_relation_comp=True, timeout_seconds=None)
+
+
+def _tidy(text):
+    """What math-verify 0.9 does not read, put into what it does."""
+    for pattern, new in ((r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}"),  # 4.5e33
+                         (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # 1\,000
+                         (r"(?<=\d)\.(?![\d.])", ""),  # 7. and -1./3
+                         (r"\bnp\.(?=[a-z])", r"\\")):  # np.arcsin(10/13), in Minerva
+        text = re.sub(pattern, new, text.strip())
+    return text
+
+
+def _plain(text):
+    """`text` without dollars and font commands."""
+    return re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol)\s*\{([^{}]*)\}", r"\1", text).strip("$ .\n")
+
+
+class Verifier:
+    """A pool of worker processes; build it before CUDA and vLLM start, use it in a `with` block.
+
+    workers: default this rank's share of the cores, 8 at most. deadline: seconds for one answer. memory: bytes that a worker may take beyond what its imports took. function:
+    "module:function" of (response, answer) -> a number from 0 to 1. `timeouts` counts the answers that missed the
+    deadline or took their worker down. Raises SystemExit where the function cannot be loaded, raises, or returns
+    something else.
     """
 
-    def __init__(self, workers=2, deadline=5.0):
-        if importlib.util.find_spec("math_verify") is None:
-            raise SystemExit("error: math-verify is not installed: pip install -r requirements.txt")
-        self.deadline, self.timeouts = deadline, 0
+    def __init__(self, workers=None, deadline=5.0, memory=2**30, function=GRADE):
+        workers = workers or min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        self.deadline, self.memory, self.function, self.timeouts = deadline, memory, function, 0
         self.idle = queue.SimpleQueue()
-        self.threads = ThreadPoolExecutor(workers)  # one thread minds one worker
-        for _ in range(workers):
-            self.idle.put(self._start())
-        first = self.idle.get()
-        if _ask(first, "1.0", "1", deadline) != "1":  # else every answer would score 0
-            raise SystemExit("error: math-verify is installed but does not work: 1.0 is not 1 by it, see its message above; "
-                             "install requirements.txt or requirements-cpu.txt again")
-        self.idle.put(first)
+        self.threads = ThreadPoolExecutor(workers)  # one thread minds one worker; the kernel ends a worker with its thread
+        for worker in self.threads.map(lambda _: self._start(), range(workers)):
+            self.idle.put(worker)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.threads.shutdown()
+        self.threads.shutdown(cancel_futures=True)
         while not self.idle.empty():
             _kill(self.idle.get())
 
     def score(self, responses, answers):
-        """Rewards, 0.0 or 1.0 in the order of `responses` (list of str), against `answers` (list of str)."""
-        return list(self.threads.map(self._score, responses, answers))
+        """Rewards (floats) in the order of `responses` (list of str), against `answers` (list of str or lists of str)."""
+        scores = list(self.threads.map(self._score, responses, answers))
+        self.timeouts += scores.count(None)
+        return [score or 0.0 for score in scores]
 
     def _score(self, response, answer):
-        given = last_boxed(response)
-        wanted = (last_boxed(answer) or answer).strip()  # some benchmarks box the reference too
-        if given is None or not given.strip() or len(given) > LONGEST:
-            return 0.0
-        if given.strip() == wanted:
-            return 1.0  # the same text is the same answer
+        """The score, None where the worker missed the deadline or died."""
         worker = self.idle.get()
         try:
-            said = _ask(worker, given, wanted, self.deadline)
-            if said not in ("0", "1"):
-                self.timeouts += 1
+            said = _ask(worker, [response, answer], self.deadline)
+            if said is None:
                 _kill(worker)
                 worker = self._start()
-            return float(said == "1")
         finally:
             self.idle.put(worker)
+        if isinstance(said, str):
+            raise SystemExit(f"error: --reward {self.function} {said}")
+        return said
 
     def _start(self):
         """A new worker. It is a fresh interpreter, not a fork: it inherits neither CUDA nor threads nor sockets."""
-        return subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE,
-                                stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+        worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), self.function, str(self.memory)],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+        os.set_blocking(worker.stdin.fileno(), False)
+        said = _ask(worker, None, START)
+        if said != 1.0:
+            _kill(worker)
+            raise SystemExit(f"error: --reward {self.function} {said or 'cannot be loaded: its process ended'}")
+        return worker
 
 
-def _ask(worker, given, wanted, deadline):
-    """ "1", "0", or "" where the worker missed the deadline (seconds) or died. """
+def reward(response, answer):
+    """`grade` of one response in a worker process of its own, which is kept: 0.0 where it misses 5 seconds."""
+    return _own_verifier().score([response], [answer])[0]
+
+
+@functools.cache
+def _own_verifier():
+    verifier = Verifier(workers=1)
+    atexit.register(verifier.__exit__)
+    return verifier
+
+
+def _ask(worker, question, deadline):
+    """What the worker says, a number or what is wrong (str), or None where it misses the deadline (seconds) or dies."""
+    end, said = time.monotonic() + deadline, b""
+    left = memoryview(b"" if question is None else json.dumps(question).encode() + b"\n")
     try:
-        worker.stdin.write(json.dumps([given, wanted]).encode() + b"\n")
+        while not said.endswith(b"\n"):
+            pipe = select.poll()  # select.select knows only the first 1024 files of a program
+            pipe.register(*((worker.stdin, select.POLLOUT) if left else (worker.stdout, select.POLLIN)))
+            if not pipe.poll(1000 * max(0.0, end - time.monotonic())):
+                return None
+            if left:
+                left = left[os.write(worker.stdin.fileno(), left):]
+            elif chunk := os.read(worker.stdout.fileno(), 4096):
+                said += chunk
+            else:
+                return None
     except BrokenPipeError:
-        return ""
-    for limit in (START, deadline):  # it says "!" when it takes up the answer, which a new worker does late
-        if not select.select([worker.stdout], [], [], limit)[0]:
-            return ""
-        said = worker.stdout.read(1).decode()
-        if said != "!":
-            return said
-    return ""
+        return None
+    return json.loads(said)
 
 
 def _kill(worker):
@@ -118,20 +197,37 @@ def _kill(worker):
     worker.stdout.close()
 
 
-def _worker():
-    """Answer [given, wanted] lines on stdin with "!" and then "1" or "0" on stdout, until stdin closes."""
+def _worker(name, memory):
+    """Say 1.0 when ready; then a line of [response, answer] in, a line of JSON out, as `_ask` reads it, until stdin closes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the program, even in a long C call
     out = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints may pass for an answer
-    from math_verify import parse, verify
-
-    logging.disable()  # it warns, each time, that its own timeouts are off
+    say = lambda what: os.write(out, json.dumps(what).encode() + b"\n")
+    sys.path.append(os.getcwd())
+    module, _, function = name.partition(":")
+    try:
+        score = getattr(importlib.import_module(module), function)
+        if name == GRADE and score("\\boxed{1.0}", "1") != 1.0:  # else every answer would score 0
+            raise ImportError("math-verify does not work, 1.0 is not 1 by it; install requirements.txt or requirements-cpu.txt again")
+    except Exception as error:  # whatever a module of the user's may raise
+        say(f"cannot be loaded: {type(error).__name__}: {error}")
+        return
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
+    say(1.0)
     for line in sys.stdin:
-        os.write(out, b"!")
-        given, wanted = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
-        os.write(out, b"01"[(right := verify(wanted, given, timeout_seconds=None)) : right + 1])
+        response, answer = json.loads(line)
+        try:
+            value = float(score(response, answer))
+            say(value if 0 <= value <= 1 else f"returned {value}, not a number from 0 to 1, for {response[-60:]!r}")
+        except MemoryError:
+            say(None)  # as a missed deadline: the worker is replaced
+        except Exception as error:
+            say(0.0 if name == GRADE else f"raised {type(error).__name__}: {error}, for {response[-60:]!r}")
 
 
 if __name__ == "__main__":
-    _worker()
+    _worker(sys.argv[1], int(sys.argv[2]))

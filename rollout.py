@@ -4,7 +4,6 @@ build -> generate -> sleep -> (the trainer updates) -> load new weights -> gener
 Under torchrun every rank calls every function; vllm is imported only when an engine is built.
 """
 import contextlib
-import functools
 import hashlib
 import io
 import os
@@ -141,26 +140,38 @@ def build(model, config_overrides=None, *, max_tokens, tensor_parallel=1, seed=0
     )
 
 
-def generate(llm, prompts, seeds, *, n, max_response_tokens, temperature=1.0, top_p=1.0, progress=None):
-    """n responses for each prompt (a list of token ids): a list of lists of Rollout, in order.
+def stream(llm, prompts, seeds, *, n, max_response_tokens, temperature=1.0, top_p=1.0):
+    """Sample n responses for each prompt (a list of token ids); yield (index of the prompt, list of Rollout) as each is done.
 
     seeds: one integer a prompt; with it a prompt's samples depend neither on the other prompts nor on the call.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        engine.add_request(str(i), {"prompt_token_ids": ids}, SamplingParams(
+            n=n, seed=seed, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens, logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY))
+    while engine.has_unfinished_requests():
+        for request in engine.step():
+            if request.finished:
+                yield int(request.request_id), [
+                    Rollout(list(out.token_ids), [lp[i].logprob for i, lp in zip(out.token_ids, out.logprobs)],
+                            out.finish_reason == "length", out.text) for out in request.outputs]
+
+
+def generate(llm, prompts, seeds, *, progress=None, **sampling):
+    """All that `stream` yields, a list of lists of Rollout in the order of the prompts.
+
     progress: the label of a progress bar, None for no bar.
     """
     from tqdm import tqdm
-    from vllm import SamplingParams
-
-    if not prompts:
-        return []
-    params = [SamplingParams(n=n, seed=seed, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens, logprobs=0)
-              for seed in seeds]
-    bar = functools.partial(tqdm, leave=False) if progress and sys.stderr.isatty() else False  # vLLM cannot disable it
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=bar)
-    return [
-        [Rollout(list(out.token_ids), [lp[i].logprob for i, lp in zip(out.token_ids, out.logprobs)],
-                 out.finish_reason == "length", out.text) for out in request.outputs]
-        for request in outputs
-    ]
+    groups = [None] * len(prompts)
+    for i, group in tqdm(stream(llm, prompts, seeds, **sampling), progress, len(prompts), leave=False,
+                         disable=not progress or not sys.stderr.isatty()):
+        groups[i] = group
+    return groups
 
 
 def load(llm, named_tensors):

@@ -82,6 +82,8 @@ def parse_args(argv=None):
     flag("--pi-ref", choices=("old", "rollout", "tis"), default="old", help="pi_old is the trainer's own, what the sampler "
          "reported, or the trainer's with truncated importance weights between the two (%(default)s)")
     flag("--tis-cap", type=float, default=2.0, help="largest weight of --pi-ref tis (%(default)s)")
+    flag("--reward", default="reward:grade", metavar="MODULE:FUNCTION", help="of (response, answer) -> 0 .. 1, run in worker processes "
+         "with a deadline (%(default)s: the last \\boxed{}, by math-verify)")
     flag("--entropy-coef", type=float, default=0.0, help="entropy bonus on rollouts (%(default)s)")
     flag = parser.add_argument_group("ppo").add_argument
     flag("--critic", help="directory of a critic to go on from, as saved in a checkpoint's critic/ (default: the base, saying 0)")
@@ -418,9 +420,8 @@ def main(args):
     problems, left_out = load_problems(args, args.data, tokenizer, need_demonstration=bool(method.demo))
     held_out, held_out_left = load_problems(args, args.eval_data, tokenizer, flag="--eval-data") if args.eval_data else ([], "")
     data.check_weights(args.model, config)
-    workers = min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
-    with reward.Verifier(workers) as verifier:  # its processes first, then the sampler, then the trainer
+    with reward.Verifier(function=args.reward) as verifier:  # its processes first, then the sampler, then the trainer
         rank, world = rollout.init_process_group()
         if world % args.tensor_parallel:
             raise SystemExit(f"error: --tensor-parallel {args.tensor_parallel} must divide the number of ranks, {world}")
@@ -460,7 +461,7 @@ def main(args):
                                        tensor_parallel=args.tensor_parallel, progress="held-out problems" if chief else None)
             if chief:
                 evaluate.write(out / "held_out.jsonl", results, step=step)
-            return results, {f"eval/{name}": mean for name, (mean, _) in evaluate.summary(results, args.eval_samples).items()}
+            return results, {f"eval/{name}": score[0] for name, score in evaluate.summary(results).items() if "@" in name}
 
         sync()
         if held_out:
@@ -480,7 +481,7 @@ def main(args):
             rollout.sleep(llm)
             times = {"rollout": lap()}
 
-            # 2. Rewards, 0 or 1 from the verifier; of a demonstration too, where it is compared with rollouts.
+            # 2. Rewards, from 0 to 1; of a demonstration too, where it is compared with rollouts.
             timeouts = verifier.timeouts
             texts = [[r.text for r in rs] + ([p["demonstration"]] if score_demos else []) for p, rs in zip(drawn, rolled)]
             scores = iter(rollout.spread([(text, p["answer"]) for p, group in zip(drawn, texts) for text in group], score))
@@ -491,7 +492,7 @@ def main(args):
 
             # 3. The gate: a prompt's rollouts (alpha) where the model succeeds, its demonstration (beta) where it fails.
             if method.meet == "gate":
-                correct = torch.tensor([round(sum(group)) for group in rewards])
+                correct = torch.tensor([sum(group) for group in rewards])
                 alpha, beta = (x.tolist() for x in GATES[args.gate](correct, n, args.gamma))
             else:
                 alpha, beta = [float(bool(method.rollout))] * len(drawn), [float(bool(method.demo))] * len(drawn)
