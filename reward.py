@@ -16,7 +16,6 @@ import functools
 import importlib
 import json
 import logging
-import math
 import os
 import queue
 import re
@@ -73,16 +72,18 @@ def _equal(given, wanted):
 
 
 def _math_equal(given, wanted):
-    """math-verify's verdict, with as many digits more as a small reference has zeros (it looks at 6 decimals)."""
+    """math-verify's verdict; it looks at six decimals, so small numbers are asked for their first digits too."""
     from math_verify import parse, verify
-    from sympy import log
+    from sympy import Expr
 
     logging.disable()  # it warns, each time, that its own timeouts are off
     gold, mine = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (wanted, given))
-    small = 0  # zeros after the point
-    if gold and getattr(gold[0], "is_number", False) and gold[0].is_zero is False:
-        small = max(0, math.ceil(-log(abs(gold[0]), 10).evalf()) - 1)
-    return verify(gold, mine, float_rounding=6 + small, numeric_precision=15 + small, allow_set_relation_comp=True, timeout_seconds=None)
+    if not verify(gold, mine, allow_set_relation_comp=True, timeout_seconds=None):
+        return False
+    if not all(isinstance(x[0], Expr) and x[0].is_number for x in (gold, mine)):
+        return True
+    a, b = gold[0].doit().evalf(), mine[0].doit().evalf()
+    return bool(min(abs(a), abs(b)) > 1e-3 or abs(a - b) <= 1e-5 * max(abs(a), abs(b)))
 
 
 def _tidy(text):
@@ -147,14 +148,16 @@ class Verifier:
 
     def _start(self):
         """A new worker. It is a fresh interpreter, not a fork: it inherits neither CUDA nor threads nor sockets."""
-        worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), self.function, str(self.memory)],
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
-        os.set_blocking(worker.stdin.fileno(), False)
-        said = _ask(worker, None, START)
-        if said != 1.0:
+        command = [sys.executable, os.path.abspath(__file__), self.function, str(self.memory)]
+        for _ in range(3):  # a machine short of memory may kill one that only begins
+            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+            os.set_blocking(worker.stdin.fileno(), False)
+            if (said := _ask(worker, None, START)) == 1.0:
+                return worker
             _kill(worker)
-            raise SystemExit(f"error: --reward {self.function} {said or 'cannot be loaded: its process ended'}")
-        return worker
+            if said:
+                break
+        raise SystemExit(f"error: --reward {self.function} cannot be loaded: {said or 'its process ends'}")
 
 
 def reward(response, answer):
@@ -211,7 +214,7 @@ def _worker(name, memory):
         if name == GRADE and score("\\boxed{1.0}", "1") != 1.0:  # else every answer would score 0
             raise ImportError("math-verify does not work, 1.0 is not 1 by it; install requirements.txt or requirements-cpu.txt again")
     except Exception as error:  # whatever a module of the user's may raise
-        say(f"cannot be loaded: {type(error).__name__}: {error}")
+        say(f"{type(error).__name__}: {error}")
         return
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
