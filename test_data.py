@@ -84,7 +84,7 @@ def test_demonstrations_that_do_not_fit_are_left_out_whole(tokenizer):
     ([GOOD, '{"prompt": "1+2", "answer'], r"bad.jsonl:2: not JSON: .* at column"),
     ([GOOD, "", {"prompt": "1+2", "answer": "3"}], r"bad.jsonl:3: no 'demonstration' \(it has: prompt, answer\)"),
     ([{"question": "1+2", "answer": "3"}], r"bad.jsonl:1: no 'prompt' \(it has: question, answer\)"),
-    ([GOOD | {"answer": 3}], r"bad.jsonl:1: 'answer' must be a string that is not empty, not 3"),
+    ([GOOD | {"answer": 3}], r"bad.jsonl:1: 'answer' must be a string that is not empty .or a list of them., not 3"),
     ([GOOD | {"answer": " "}], r"bad.jsonl:1: 'answer' must be a string"),
     (["[1, 2]"], r"bad.jsonl:1: a problem is an object"),
     ([PAPER_ROW | {"reward_model": {}}], r"bad.jsonl:1: .* reward_model.ground_truth \(KeyError: 'ground_truth'\)"),
