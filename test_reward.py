@@ -242,7 +242,7 @@ def test_a_thousand_long_responses_take_seconds():
     with Verifier(workers=2) as v:
         started = time.monotonic()
         assert v.score([filler + boxed(f"\\frac{{{i}}}{{7}}") for i in range(1024)], [f"{i + i % 2}/7" for i in range(1024)]) == [1.0, 0.0] * 512
-        assert time.monotonic() - started < 30  # 3 on two cores that do nothing else
+        assert time.monotonic() - started < 30  # the whole test took 1.6 on two cores
 
 
 def by_math_verify(given, wanted):
