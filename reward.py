@@ -10,7 +10,6 @@ yours (`--reward module:function`), runs in worker processes, each answer under 
 memory limit: one that misses the deadline or dies is replaced, its answer scores 0 and is counted. A worker ends with
 the program, however that ends: it is told by the kernel, and its input closes.
 """
-import atexit
 import ctypes
 import functools
 import importlib
@@ -75,7 +74,6 @@ def _math_equal(given, wanted):
     """math-verify's verdict; it looks at six decimals, so small numbers are asked for their first digits too."""
     from math_verify import parse, verify
     from sympy import Expr
-
     logging.disable()  # it warns, each time, that its own timeouts are off
     gold, mine = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (wanted, given))
     if not verify(gold, mine, allow_set_relation_comp=True, timeout_seconds=None):
@@ -104,10 +102,10 @@ def _plain(text):
 class Verifier:
     """A pool of worker processes; build it before CUDA and vLLM start, use it in a `with` block.
 
-    workers: default this rank's share of the cores, 8 at most. deadline: seconds for one answer. memory: bytes that a worker may take beyond what its imports took. function:
-    "module:function" of (response, answer) -> a number from 0 to 1. `timeouts` counts the answers that missed the
-    deadline or took their worker down. Raises SystemExit where the function cannot be loaded, raises, or returns
-    something else.
+    workers: default this rank's share of the cores, 8 at most. deadline: seconds for one answer. memory: bytes that a
+    worker may take beyond its imports. function: "module:function" of (response, answer) -> a number from 0 to 1.
+    `timeouts` counts the answers that missed the deadline or took their worker down. Raises SystemExit where the
+    function cannot be loaded, raises, or returns something else.
     """
 
     def __init__(self, workers=None, deadline=5.0, memory=2**30, function=GRADE):
@@ -165,11 +163,7 @@ def reward(response, answer):
     return _own_verifier().score([response], [answer])[0]
 
 
-@functools.cache
-def _own_verifier():
-    verifier = Verifier(workers=1)
-    atexit.register(verifier.__exit__)
-    return verifier
+_own_verifier = functools.cache(lambda: Verifier(workers=1))  # its worker ends with the program
 
 
 def _ask(worker, question, deadline):

@@ -22,6 +22,7 @@ import toy
 from evaluate import by_level, mean_and_error, mean_pass_at_k, pass_at_k, summary
 
 HERE = Path(__file__).parent
+LOCAL = HERE.parent / "shared/data/benchmarks"
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -149,6 +150,43 @@ def test_what_cannot_be_compared(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- the real program
+
+def chain(folder):
+    """A Qwen2 whose next token depends on the last one alone: whatever is asked, it boxes a digit or one of four letters."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    tokenizer = toy.tokenizer()
+    after = {"\n": ["\\"], "\\": ["boxed"], "boxed": ["{"], "{": list("0123456789ABCD"), "}": ["<eos>"]} | dict.fromkeys("0123456789ABCD", ["}"])
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=16384, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+    token = lambda text: tokenizer.encode(text)[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(parameter.ndim == 1)  # nothing but the norms' ones is left: no layer adds to the embedding
+        model.model.embed_tokens.weight[:, 63] = 1
+        for state, (text, following) in enumerate(after.items()):
+            model.model.embed_tokens.weight[token(text)] = torch.eye(64)[state]
+            for next_text in following:
+                model.lm_head.weight[token(next_text), state] = 3.0  # times 8, which the norm makes of a one
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not LOCAL.exists(), reason="needs the benchmarks' local copies")
+def test_the_paper_protocol_on_all_local_benchmarks(tmp_path):
+    """From start to table; of the answers one in 14 is right where it is a digit or a letter."""
+    done = subprocess.run([sys.executable, "evaluate.py", "--model", str(chain(tmp_path / "model")), "--paper", "--data", *map(str, sorted(LOCAL.glob("*.json"))),
+                           "--out", str(tmp_path / "out")], cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    written = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    problems = {name: (part["problems"], part["samples"]) for name, part in written.items() if name != "mean"}
+    assert sum(count for count, _ in problems.values()) == 1744
+    assert {name for name, (_, n) in problems.items() if n == 32} == {"aime24", "aime25", "amc23"} and {n for _, n in problems.values()} == {1, 32}
+    assert 0 < written["gpqa"]["avg@1"][0] < 0.2 and 0 < written["amc23"]["avg@32"][0] < 0.1
+    assert all(f"| {name}" in done.stdout for name in written)
+
 
 @pytest.fixture(scope="module")
 def model():
