@@ -173,13 +173,13 @@ def check_weights(model, config):
                              if files else f"error: --model {model}: no .safetensors or .bin file there")
 
 
-def check_context(config, max_prompt_tokens, max_response_tokens):
-    """SystemExit unless prompt and response together fit the model's positions."""
-    need, have = max_prompt_tokens + max_response_tokens, getattr(config, "max_position_embeddings", math.inf)
+def check_context(config, prompt_tokens, max_response_tokens):
+    """SystemExit unless a prompt of that many tokens and a response together fit the model's positions."""
+    need, have = prompt_tokens + max_response_tokens, getattr(config, "max_position_embeddings", math.inf)
     if need > have:
-        raise SystemExit(f"error: --max-prompt-tokens {max_prompt_tokens} and --max-response-tokens {max_response_tokens} "
-                         f"need {need} positions, the model has {have}: lower them, or raise the model's with "
-                         "--max-position-embeddings (and --rope-theta) in train_hpt.py")
+        raise SystemExit(f"error: prompts of up to {prompt_tokens} tokens and --max-response-tokens {max_response_tokens} need {need} "
+                         f"positions, the model has {have}: lower the latter, or raise the model's with --max-position-embeddings "
+                         "(and --rope-theta)")
 
 
 def render(problem, tokenizer, template="chat", system=SYSTEM):
