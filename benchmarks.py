@@ -62,7 +62,7 @@ def _problem(name, b, row):
         random.Random(hashlib.sha256(question.encode()).digest()).shuffle(order)
         question, answer = _choices(question, [texts[i] for i in order], order.index(0))
     elif isinstance(answer, list):  # OlympiadBench: all of them are asked for
-        answer = ",".join(answer)
+        answer = ", ".join(answer)
     elif isinstance(answer, float):  # AMC: 142.0
         answer = f"{answer:g}"
     return {"prompt": question, "answer": str(answer)} | ({"level": row["level"]} if "level" in row else {})

@@ -29,6 +29,9 @@ from concurrent.futures import ThreadPoolExecutor
 LONGEST = 2000  # characters of a final answer worth parsing
 START = 60.0  # seconds a worker may take to import what it needs
 GRADE = "reward:grade"
+# a choice is named by its letter, alone or at the head of its text, and by one letter only
+CHOICE = re.compile(r"(?:(?:option|choice|answer)[\s:]*)?(?:[(\[]([A-J])[)\]]|([A-J])(?:$|\s*[.:)](?=\s|$)|(?=\s+\())"
+                    r")(?!\s*(?:(?:[,;/&]|and|or)\s*)+[(\[]?[A-J]\b|\s*[(\[][A-J][)\]]).*", re.IGNORECASE | re.DOTALL)
 
 
 def last_boxed(text):
@@ -43,14 +46,14 @@ def last_boxed(text):
 
 
 def grade(response, answer):
-    """1.0 if the last \\boxed{} of `response` (str) is `answer` (str, or a list of accepted ones), else 0.0.
+    """1.0 if the last \\boxed{} of `response` (str) is `answer` (str or number, or a list of accepted ones), else 0.0.
 
     It can hang and can take all memory: `reward` and `Verifier` are the safe ways to call it.
     """
     given = last_boxed(response)
     if given is None or not given.strip() or len(given) > LONGEST:
         return 0.0
-    return float(any(_equal(given, wanted) for wanted in ([answer] if isinstance(answer, str) else answer)))
+    return float(any(_equal(given, str(wanted)) for wanted in (answer if isinstance(answer, list) else [answer])))
 
 
 def _equal(given, wanted):
@@ -58,16 +61,16 @@ def _equal(given, wanted):
     given, wanted = (_tidy(last_boxed(text) or text) for text in (given, wanted))  # some benchmarks box the reference too
     if given == wanted:
         return True
-    if letter := re.fullmatch(r"\(?([A-J])\)?", _plain(wanted)):  # multiple choice: by its letter, at the head of the answer
-        chosen = re.fullmatch(r"(?:(?:option|choice|answer)[\s:]*)?(?:\(([A-J])\).*|([A-J])(?:\s*[.:)].*)?)", _plain(given),
-                              re.IGNORECASE | re.DOTALL)
+    if letter := re.fullmatch(r"\(?([A-J])\)?", _plain(wanted)):  # multiple choice
+        chosen = CHOICE.fullmatch(_plain(given))
         return bool(chosen) and (chosen[1] or chosen[2]).upper() == letter[1]
-    if "dots" in given + wanted:
-        return False  # math-verify drops an ellipsis, and then compares what was before it
+    if "dots" in given + wanted:  # math-verify drops an ellipsis, and then compares what was before it
+        return "".join(given.split()) == "".join(wanted.split())
     bases = [re.fullmatch(r"\d+_\{?(\d+)\}?", text) for text in (given, wanted)]
     if all(bases) and bases[0][1] != bases[1][1]:
         return False  # math-verify drops a subscript
-    return any(_math_equal(given, text) for text in [wanted] + [wanted.rstrip("\\% ")] * wanted.endswith("%"))  # 62.5 for 62.5%
+    bare = [text.rstrip("\\% ") if text.endswith("%") else text for text in (given, wanted)]  # 62.5 for 62.5%, and the reverse
+    return _math_equal(given, wanted) or bare != [given, wanted] and _math_equal(*bare)
 
 
 def _math_equal(given, wanted):
@@ -86,17 +89,18 @@ def _math_equal(given, wanted):
 
 def _tidy(text):
     """What math-verify 0.9 does not read, put into what it does."""
-    for pattern, new in ((r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}"),  # 4.5e33
+    for pattern, new in ((r"^([\s$+-]*)(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\s*[\w.+*/^-])", r"\1\2 \\times 10^{\3}"),  # 4.5e33
                          (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # 1\,000
-                         (r"(?<=\d)\.(?![\d.])", ""),  # 7. and -1./3
-                         (r"\bnp\.(?=[a-z])", r"\\")):  # np.arcsin(10/13), in Minerva
+                         (r"(?<=\d)\.(?=\s*($|/|\\text|\\mbox))", ""),  # 7. and -1./3
+                         (r"\bnp\.(?=[a-z])", r"\\"),  # np.arcsin(10/13), in Minerva
+                         ("[−–]", "-"), ("°", r"^\\circ"), ("~", " ")):
         text = re.sub(pattern, new, text.strip())
     return text
 
 
 def _plain(text):
-    """`text` without dollars and font commands."""
-    return re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|boldsymbol)\s*\{([^{}]*)\}", r"\1", text).strip("$ .\n")
+    """`text` without dollars, braces, font commands and spaces around."""
+    return re.sub(r"\\(?:(?:text|math)\w*|mbox|boldsymbol|underline|bf|rm|left|right)(?![a-zA-Z])|\\[(),;! ]|[{}$*~]", "", text).strip("\\.,\n ")
 
 
 class Verifier:
@@ -126,15 +130,15 @@ class Verifier:
 
     def score(self, responses, answers):
         """Rewards (floats) in the order of `responses` (list of str), against `answers` (list of str or lists of str)."""
-        scores = list(self.threads.map(self._score, responses, answers))
+        scores = list(self.threads.map(self._score, zip(responses, answers, strict=True)))
         self.timeouts += scores.count(None)
         return [score or 0.0 for score in scores]
 
-    def _score(self, response, answer):
-        """The score, None where the worker missed the deadline or died."""
+    def _score(self, question):
+        """The score of a (response, answer) pair, None where the worker missed the deadline or died."""
         worker = self.idle.get()
         try:
-            said = _ask(worker, [response, answer], self.deadline)
+            said = _ask(worker, question, self.deadline)
             if said is None:
                 _kill(worker)
                 worker = self._start()
@@ -146,16 +150,14 @@ class Verifier:
 
     def _start(self):
         """A new worker. It is a fresh interpreter, not a fork: it inherits neither CUDA nor threads nor sockets."""
-        command = [sys.executable, os.path.abspath(__file__), self.function, str(self.memory)]
+        command = [sys.executable, os.path.abspath(__file__), self.function, str(self.memory), str(os.getpid())]
         for _ in range(3):  # a machine short of memory may kill one that only begins
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
             os.set_blocking(worker.stdin.fileno(), False)
             if (said := _ask(worker, None, START)) == 1.0:
                 return worker
             _kill(worker)
-            if said:
-                break
-        raise SystemExit(f"error: --reward {self.function} cannot be loaded: {said or 'its process ends'}")
+        raise SystemExit(f"error: --reward {self.function} cannot be loaded: {said or f'its process ends, or takes {START:.0f} s to start'}")
 
 
 def reward(response, answer):
@@ -188,18 +190,21 @@ def _ask(worker, question, deadline):
 
 
 def _kill(worker):
-    worker.kill()
-    worker.wait()
+    if worker.returncode is None:  # after that its number may be another's
+        os.killpg(worker.pid, signal.SIGKILL)  # and what a function of the user's may have started
+        worker.wait()
     worker.stdin.close()
     worker.stdout.close()
 
 
-def _worker(name, memory):
+def _worker(name, memory, parent):
     """Say 1.0 when ready; then a line of [response, answer] in, a line of JSON out, as `_ask` reads it, until stdin closes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the program, even in a long C call
-    out = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints may pass for an answer
+    if os.getppid() != parent:  # gone already
+        return
+    questions, out, nothing = os.fdopen(os.dup(0)), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0), os.dup2(nothing, 1)  # nothing that a function prints may pass for an answer
     say = lambda what: os.write(out, json.dumps(what).encode() + b"\n")
     sys.path.append(os.getcwd())
     module, _, function = name.partition(":")
@@ -215,7 +220,7 @@ def _worker(name, memory):
             now = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
     say(1.0)
-    for line in sys.stdin:
+    for line in questions:
         response, answer = json.loads(line)
         try:
             value = float(score(response, answer))
@@ -227,4 +232,4 @@ def _worker(name, memory):
 
 
 if __name__ == "__main__":
-    _worker(sys.argv[1], int(sys.argv[2]))
+    _worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -73,7 +73,7 @@ def test_benchmarks_from_the_hub_by_name(tmp_path, monkeypatch):
         monkeypatch.setitem(benchmarks.BENCHMARKS, name, benchmarks.BENCHMARKS[name]._replace(hub=str(folder)))
     got = {name: benchmarks.load(name) for name in rows}
     assert got["aime24"] == [{"prompt": "P", "answer": "204"}] and got["amc"] == [{"prompt": "P", "answer": "142"}]
-    assert got["math500"] == [{"prompt": "P", "answer": "p - q", "level": 3}] and got["olympiad"][0]["answer"] == "$2$,$3$"
+    assert got["math500"] == [{"prompt": "P", "answer": "p - q", "level": 3}] and got["olympiad"][0]["answer"] == "$2$, $3$"
     assert got["arc_c"] == [{"prompt": "Q\n\nA. a\nB. b\nC. c", "answer": "B"}]
     question, letter = got["gpqa"][0]["prompt"], got["gpqa"][0]["answer"]
     assert f"{letter}. right" in question.splitlines() and sorted(question.splitlines()[2:], key=lambda line: line[3:])[1:] != [] and len(question.splitlines()) == 6

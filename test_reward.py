@@ -31,13 +31,15 @@ RIGHT = [
     ("1{,}000", "1000"), (r"\sqrt{117}", r"3\sqrt{13}"), (r"\frac{(2n)!}{(n!)^2}", r"\binom{2n}{n}"), (r"-5i+6", "6 - 5i"),
     (r"\ln(2)+\frac{i\pi}{3}", r"\ln 2 + i\pi / 3"), (r"\arcsin(10/13)", "np.arcsin(10/13)"), (r"\frac{\cos x}{\sin x}", r"\cot x"),
     (r"\text{13}", "13"),  # 37
+    ("3x+2e-3", "2e+3x-3"), ("−5", "-5"), ("4.5e33 \\text{ erg}", "4.5e33"),
     # percentages
     (r"62.5\%", "62.5%"), ("0.625", "62.5%"), ("62.5", "62.5%"), ("28", r"28\%"), (r"28\%", "0.28"), ("28 percent", r"28\%"),  # 61
-    ("28 pct", r"28\%"),
+    ("28 pct", r"28\%"), (r"12.5\%", "12.5"),
     # units
     ("864", r"864 \mbox{ inches}^2"), (r"864\text{ square inches}", r"864 \mbox{ inches}^2"), ("15", r"15\mbox{ cm}^2"), ("5.4", r"5.4 \text{ cents}"),
     (r"\frac{270}{7}^\circ", r"\frac{270}7\text{ degrees}"), ("90", r"90^\circ"), (r"76 \text{ degrees}", r"76^\circ"), ("18.9", r"\$18.90"),
     (r"\$32,348.00", r"\$32,\!348"), ("18.8", r"$18.8^{\circ}$"), ("52", "52_8"), ("52_{8}", "52_8"),
+    ("90°", r"90^\circ"), (r"5~\text{cm}", "5"), (r"2.\text{ cm}", "2"),
     # sets, lists, tuples, intervals, matrices
     ("-2,1", "1,-2"), (r"\{1,-2\}", "1,-2"), (r"x=1 \text{ or } x=-2", "1,-2"), (r"1 \text{ and } -2", "1,-2"), ("3,5,7", "3, 5, 7"),
     (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}"), (r"-2, 1-\sqrt5, 1+\sqrt5", r"\{1\pm\sqrt{5},-2\}"), ("84, 69", "$69$,$84$"),
@@ -52,11 +54,15 @@ RIGHT = [
     # text and multiple choice
     ("Evelyn", r"\text{Evelyn}"), (r"\textbf{Evelyn}", r"\text{Evelyn}"), ("C", r"\text{(C)}"), (r"\text{C}", r"\text{(C)}"), ("(C)", "C"),
     (r"\text{C. 12 m}", "C"), ("C) 12 m", "C"), (r"\mathbf{(C)}", "C"), ("c", "C"), ("Option C", "C"), ("(C) 12 m", "C"), (r"$\text{C}$", "C"),
+    ("{C}", "C"), ("[C]", "C"), (r"\left(C\right)", "C"), (r"\left(\text{C}\right)", "C"), (r"\textrm{(C)}", "C"), (r"\(C\)", "C"), (r"\,C", "C"), ("C\\ ", "C"),
+    (r"C\text{ (12 m)}", "C"), (r"\textbf{\text{(C)}}", "C"), (r"{\bf C}", "C"), ("**C**", "C"), ("C", r"\mathrm{~C}"), ("(C) A and B only", "C"),
+    ("C. vitamins A and D", "C"), ("(C) (1, 2)", "C"),
     # several accepted answers
-    ("7", ["4", "7"]), (r"\frac12", ["4", "0.5"]), ("4", ["4"]),
+    ("7", ["4", "7"]), (r"\frac12", ["4", "0.5"]), ("4", ["4"]), ("4", 4), ("4", [4, 7]),
 ]
 WRONG = [
     ("5", "4"), ("", "4"), (" ", "4"), ("(1,2)", "(2,1)"), ("12", "1 2"), (r"\frac{1}{2}", r"-\frac{1}{2}"), ("0.33", r"\frac{1}{3}"),
+    (r"0.\overline{3}", r"0.\overline{6}"), (r"0.\overline{3}", "0"), (r"0.\dot{3}", "0"), (r"0. \overline{36}", r"0. \overline{63}"), (r"2e-3", "2e-2"),
     ("4.67", r"\frac{14}{3}"), (r"\frac45", r"1\frac{4}{5}"), (".0000673", ".0000672"), ("5.89e-7", "1e-8"), ("0", "1e-8"), ("7.25e-11", "2.26e-10"),
     ("4.6e33", "4.5e33"), (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), (r"\frac{1}{2006!}", r"\frac{1}{2004!}"),  # 14
     ("n=1, 2, 3", "n=2, 3, 4"), ("D = (0, 1.5)", "D = (0, 1)"), ("21, 36, and 82", r"19, 46, \text{ and } 82"), ("2021", r"\pm 2021"), ("1:00", "12:00"),
@@ -71,12 +77,15 @@ WRONG = [
     ("6+5i", "6 - 5i"), ("y+1", "x+1"), (r"\beta", r"\alpha"), ("I(1)", "I(0)"), (r"-\infty", r"\infty"), (r"\text{nan}", "0"), (r"\frac{0}{0}", "0"),
     (r"\frac{1}{0}", r"\frac{1}{2}"), ("7!", "7"), ("x", "7"), (r"\text{west}", r"\text{east}"), (r"\text{Evelin}", r"\text{Evelyn}"), (r"\text{odd}", r"\text{even}"),
     ("D", "C"), (r"\text{(D)}", "C"), ("A cat", "A"), ("The answer is A", "A"), ("Vitamin C", "C"), ("B or C", "C"), ("ABCD", "A"), ("A, B", "A"),
-    ("12 m", "C"), ("CO_2", "C"), (r"C_6H_{12}", "C"), ("8", ["4", "7"]),
+    ("(A), (B)", "A"), ("(A) and (B)", "A"), (r"(A) \text{ or } (B)", "A"), ("(A)(B)", "A"), ("A. and B.", "A"), ("A) or B)", "A"), ("A:B:C", "A"), ("C.V.", "C"),
+    ("12 m", "C"), ("CO_2", "C"), (r"C_6H_{12}", "C"), ("8", ["4", "7"]), ("8", [4, 7]), ("4.2", 4),
 ]
 KNOWN = [  # where math-verify 0.9 is more lenient, or less, than one may wish: (given, reference, what it says)
     ("4=5", "5", 1), ("(1,-2)", "1,-2", 1), (r"\{4\}", "4", 1), ("M", "m", 1), ("-2", "-2,-2", 1), ("1,5", "5,1", 1), ("28%", "28", 1),
     (r"\frac{1}{\sqrt{n}}", r"\sqrt{1/n}", 0),  # 64
     (r"\frac{\pi}{2}", r"90^\circ", 0), (r"\text{an ellipse}", r"\text{ellipse}", 0), (r"\text{five}", "5", 0),
+    ("2e-3", "2e - 3", 0), ("2 1/3", "7/3", 0), (r"0.\overline{3}", r"\frac13", 0), ("√2", r"\sqrt2", 0), (r"x<3 \text{ or } x>5", r"(-\infty,3)\cup(5,\infty)", 0),
+    (r"2\pi r", r"2\pi r h", 1), (r"204 \text{ million}", "204", 1), (r"\neq 204", "204", 1), ("BAC", "ABC", 1), (r"x \equiv 3 \pmod 5", r"x \equiv 2 \pmod 5", 1),
     (r"x'+\frac{r}{V}x=rc", r"x^{\prime}+\frac{r}{V} x-r c=0", 0),
 ]
 
@@ -102,6 +111,16 @@ def children():
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
+
+
+def outlive(pids):
+    """Those of the processes that are still there after ten seconds."""
+    deadline = time.monotonic() + 10
+    while pids and time.monotonic() < deadline:
+        time.sleep(0.1)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended between two looks
+            pids = [pid for pid in pids if Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"]
+    return pids
 
 
 @pytest.mark.parametrize("text, content", [
@@ -167,7 +186,9 @@ def test_workers_have_a_memory_limit_each(tmp_path, monkeypatch):
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("import time\ndef share(response, answer):\n    return len(response) / len(answer)\n"
-                                      "def hangs(response, answer):\n    time.sleep(60)\ndef breaks(response, answer):\n    return 1 / 0\n")
+                                      "def hangs(response, answer):\n    time.sleep(60)\ndef breaks(response, answer):\n    return 1 / 0\n"
+                                      "def runs(response, answer):\n    import subprocess, sys\n    print(sys.stdin.read(), 1)\n"
+                                      "    child = subprocess.Popen(['sleep', '1000'])\n    open(answer, 'w').write(str(child.pid))\n    time.sleep(float(response))\n    return 1\n")
     monkeypatch.chdir(tmp_path)
     with Verifier(function="mine:share") as v:
         assert v.score(["a", "ab", "", "abcd"], ["abcd"] * 4) == [0.25, 0.5, 0.0, 1.0]
@@ -177,6 +198,9 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
         v.score(["a"] * 5, ["b"] * 5)
     with Verifier(workers=1, deadline=0.5, function="mine:hangs") as v:
         assert v.score(["a"], ["b"]) == [0.0] and v.timeouts == 1
+    with Verifier(workers=1, deadline=1.0, function="mine:runs") as v:  # it reads, prints, and starts a process
+        assert v.score(["60", "0"], ["late", "soon"]) == [0.0, 1.0]
+    assert not outlive([Path(name).read_text() for name in ("late", "soon")])
     for name in ("none:f", "mine:none", "mine"):
         with pytest.raises(SystemExit, match=f"--reward {name} cannot be loaded"):
             Verifier(function=name)
@@ -187,10 +211,14 @@ def test_order_and_count_while_workers_are_killed():
     with Verifier(workers=3, deadline=5.0) as v:
         over, killed = threading.Event(), []
         def kill():
+            seen = set()
             while not over.wait(1.0):
-                killed.extend(list(children().keys() - others)[:1])
-                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-                    os.kill(killed[-1], signal.SIGKILL)
+                workers = children().keys() - others
+                for pid in list(workers & seen)[:1]:  # one that had a second to start
+                    killed.append(pid)
+                    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                        os.kill(pid, signal.SIGKILL)
+                seen = workers
         killer = threading.Thread(target=kill)
         killer.start()
         responses = [boxed(f"{i} + x") for i in range(3000)]
@@ -208,6 +236,12 @@ def test_order_and_count_while_workers_are_killed():
 def test_one_answer_by_itself():
     code = "from reward import reward\nprint(reward('\\\\boxed{0.5}', '1/2'), reward('\\\\boxed{9^{9^{9^9}}}', '3'), reward('1/2', '1/2'), reward('\\\\boxed{2}', ['3', '2']))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60).stdout == "1.0 0.0 0.0 1.0\n"
+
+
+def test_an_answer_for_each_response(verifier):
+    with pytest.raises(ValueError, match="shorter"):
+        verifier.score(["a", "b"], ["1"])
+    assert verifier.score([], []) == []
 
 
 def test_a_math_verify_that_does_not_work_is_no_reward_of_0(tmp_path, monkeypatch):
@@ -228,12 +262,7 @@ def test_no_worker_outlives_the_program():
     assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
     program.kill()
     program.wait()
-    deadline = time.monotonic() + 10
-    alive = pids
-    while alive and time.monotonic() < deadline:
-        alive = [pid for pid in alive if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"]
-        time.sleep(0.1)
-    assert not alive
+    assert not outlive(pids)
 
 
 def test_a_thousand_long_responses_take_seconds():
