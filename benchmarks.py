@@ -11,30 +11,29 @@ import data
 
 
 class Benchmark(NamedTuple):
-    """Where a benchmark lives on the hub and how the paper samples it."""
+    """Where a benchmark lives on the hub."""
     hub: str
     config: str | None
     split: str
-    samples: int  # a problem, in the paper's protocol
     question: str  # a column
     answer: str  # a column
 
 
 BENCHMARKS = {
-    "aime24":   Benchmark("HuggingFaceH4/aime_2024", None, "train", 32, "problem", "answer"),
-    "aime25":   Benchmark("math-ai/aime25", None, "test", 32, "problem", "answer"),
-    "amc":      Benchmark("AI-MO/aimo-validation-amc", None, "train", 32, "problem", "answer"),
-    "math500":  Benchmark("HuggingFaceH4/MATH-500", None, "test", 1, "problem", "answer"),
-    "minerva":  Benchmark("math-ai/minervamath", None, "test", 1, "question", "answer"),
-    "olympiad": Benchmark("math-ai/olympiadbench", None, "test", 1, "question", "final_answer"),
-    "arc_c":    Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", 1, "question", "answerKey"),
-    "gpqa":     Benchmark("Idavidrein/gpqa", "gpqa_diamond", "train", 1, "Question", "Correct Answer"),
+    "aime24":   Benchmark("HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
+    "aime25":   Benchmark("math-ai/aime25", None, "test", "problem", "answer"),
+    "amc":      Benchmark("AI-MO/aimo-validation-amc", None, "train", "problem", "answer"),
+    "math500":  Benchmark("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
+    "minerva":  Benchmark("math-ai/minervamath", None, "test", "question", "answer"),
+    "olympiad": Benchmark("math-ai/olympiadbench", None, "test", "question", "final_answer"),
+    "arc_c":    Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", "question", "answerKey"),
+    "gpqa":     Benchmark("Idavidrein/gpqa", "gpqa_diamond", "train", "Question", "Correct Answer"),
 }
 
 
 def paper_samples(name):
-    """Samples a problem in the paper's protocol: 32 for AIME and AMC (a file amc23.json is amc), 1 for everything else."""
-    return next((b.samples for known, b in BENCHMARKS.items() if name.startswith(known)), 1)
+    """Samples a problem in the paper's protocol: 32 for AIME and AMC (amc23.json, AIME_2024.json), 1 for everything else."""
+    return 32 if name.lower().startswith(("aime", "amc")) else 1
 
 
 def load(name):

@@ -57,7 +57,7 @@ def _read(path):
         import pyarrow.parquet
         try:
             yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise SystemExit(f"error: {path}: not a parquet file: {error}") from error
         return
     try:
@@ -69,6 +69,8 @@ def _read(path):
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise SystemExit(f"error: {path}:{error.lineno}: not JSON: {error.msg}") from error
+        except RecursionError as error:
+            raise SystemExit(f"error: {path}: nested too deeply") from error
         if not isinstance(rows, list):
             raise SystemExit(f"error: {path}: a .json file must hold a list of problems; one problem a line is .jsonl")
         yield from enumerate(rows, 1)
@@ -108,8 +110,9 @@ def _problem(row, where, need_demonstration):
                              f"not {flat[key]!r:.60}")
     kept = {key: flat[key] for key in ("prompt", "answer", *("demonstration",) * need_demonstration, "system", "level")
             if flat.get(key) is not None}
-    if not isinstance(kept.get("level", ""), (str, int, float)):
-        raise SystemExit(f"error: {where}: 'level' must be a string or a number, not {kept['level']!r:.60}")
+    level = kept.get("level", 0)
+    if not isinstance(level, (str, int, float)) or isinstance(level, bool) or level != level or level == "all":
+        raise SystemExit(f"error: {where}: 'level' must be a number or a string, and not 'all', not {level!r:.60}")
     try:
         json.dumps(kept, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -194,12 +197,14 @@ def render(problem, tokenizer, template="chat", system=SYSTEM):
         raise SystemExit(f"error: --model {tokenizer.name_or_path}: its tokenizer has no chat template: use --template plain")
     system = problem.get("system", "") if system == "data" else system
     messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": problem["prompt"]}]
-    from jinja2 import TemplateError
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if not text.strip():
+            raise ValueError("it makes nothing of it")
+    except Exception as error:  # a template is a program, and the model's
         raise SystemExit(f"error: the model's chat template refuses this conversation: {error}; where it knows no "
                          "system message, use --system-prompt '' (or --template plain)") from error
+    return text
 
 
 def tokenize(problems, tokenizer, template, system, max_prompt_tokens, max_response_tokens):

@@ -6,9 +6,10 @@
     torchrun --nproc_per_node=8 evaluate.py --model DIR ...      the problems are split over the engines
     python evaluate.py --compare runs/A runs/B                   A against B, problem by problem
 
-The same command again goes on where it was interrupted. Generations are kept: scoring them is the last thing done.
+The same command again goes on where it was interrupted: generations are kept, and only those that are missing are sampled.
 """
 import argparse
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -54,6 +55,8 @@ def parse_args(argv=None):
                         "last held-out evaluation); nothing is sampled")
     args = parser.parse_args(argv)
     if args.compare:
+        if args.model or args.bench or args.data or args.paper:
+            parser.error("--compare takes two directories, and --out: nothing is sampled")
         return args
     given = [name for name in (*PAPER, "samples") if getattr(args, name) is not None]
     if args.paper and given:
@@ -73,6 +76,8 @@ def parse_args(argv=None):
             (args.temperature or args.samples == 1, "--temperature 0 always gives the same answer: use --samples 1"),
             (0 < args.top_p <= 1, f"--top-p must be above 0 and at most 1, not {args.top_p}"),
             (0 < args.gpu_memory_utilization <= 1, f"--gpu-memory-utilization is a share, not {args.gpu_memory_utilization}"),
+            (0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, not {args.seed}"),
+            (args.rope_theta is None or 0 < args.rope_theta < math.inf, f"--rope-theta must be above 0, not {args.rope_theta}"),
             (args.max_response_tokens >= 1, f"--max-response-tokens must be at least 1, not {args.max_response_tokens}"),
             (args.tensor_parallel >= 1, f"--tensor-parallel must be at least 1, not {args.tensor_parallel}")):
         if not good:
@@ -238,8 +243,8 @@ def open_output(args, settings):
         lock.seek(0)
         text = lock.read()
         try:
-            there = json.loads(text) if text else settings
-        except json.JSONDecodeError as error:
+            there = dict(json.loads(text)) if text or list(out.glob("generations*")) else settings
+        except (ValueError, TypeError) as error:
             raise SystemExit(f"error: {out}/settings.json is broken: name another --out") from error
         if differ := [key for key in settings if there.get(key) != settings[key]]:
             raise SystemExit(f"error: --out {out} holds an evaluation with another {differ[0]}, {there.get(differ[0])}, not "
@@ -254,12 +259,16 @@ def open_output(args, settings):
 
 
 def read_generations(out):
-    """{benchmark: {index: {"index", "responses"}}} of all that an evaluation directory holds; a line cut by a kill does not count."""
+    """{benchmark: {index: {"index", "responses"}}} of all that an evaluation directory holds.
+
+    A line that a kill has cut, perhaps with another one behind it, does not count: what was in it is sampled again, and is the same.
+    """
     found = {}
-    for path in [out / "generations.jsonl"] * (out / "generations.jsonl").exists() + sorted(out.glob("generations.*.part")):
-        for line in path.read_text().split("\n")[:-1]:
-            row = json.loads(line)
-            found.setdefault(row.pop("benchmark"), {})[row["index"]] = row
+    for path in [*out.glob("generations.jsonl"), *sorted(out.glob("generations.*.part"))]:
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                found.setdefault(row.pop("benchmark"), {})[row["index"]] = row
     return found
 
 

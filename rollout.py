@@ -6,6 +6,7 @@ Under torchrun every rank calls every function; vllm is imported only when an en
 import contextlib
 import hashlib
 import io
+import math
 import os
 import socket
 import sys
@@ -156,9 +157,11 @@ def stream(llm, prompts, seeds, *, n, max_response_tokens, temperature=1.0, top_
     while engine.has_unfinished_requests():
         for request in engine.step():
             if request.finished:
-                yield int(request.request_id), [
-                    Rollout(list(out.token_ids), [lp[i].logprob for i, lp in zip(out.token_ids, out.logprobs)],
-                            out.finish_reason == "length", out.text) for out in request.outputs]
+                group = [Rollout(list(out.token_ids), [lp[i].logprob for i, lp in zip(out.token_ids, out.logprobs)],
+                                 out.finish_reason == "length", out.text) for out in request.outputs]
+                if any(math.isnan(sum(r.logp)) for r in group):
+                    raise SystemExit("error: the model's probabilities are not numbers (nan): are its weights whole, and its config theirs?")
+                yield int(request.request_id), group
 
 
 def generate(llm, prompts, seeds, *, progress=None, **sampling):

@@ -11,7 +11,7 @@ from pathlib import Path
 import evaluate
 import plot
 
-OTHER = ("arc_c", "gpqa")  # the paper averages these apart, as out of distribution
+OTHER = ("arc", "gpqa")  # how the names of those begin that the paper averages apart, as out of distribution
 RESAMPLES = 10_000
 
 
@@ -34,7 +34,8 @@ def report(out, settings, results, timeouts):
             lines.append([name if level == "all" else f"{name}, level {level}", s["problems"], s["samples"], _cell(s["pass@1"]),
                           *(_cell(s[f"pass@{k}"]) if f"pass@{k}" in s else "" for k in ks), f"{100 * s['truncated']:.1f}",
                           f"{s['length/mean']:.1f}", timeouts[name] if level == "all" else ""])
-    for label, names in {"mean": [n for n in parts if n not in OTHER], "mean, out of distribution": [n for n in parts if n in OTHER]}.items():
+    other = [name for name in parts if name.lower().startswith(OTHER)]
+    for label, names in {"mean": [name for name in parts if name not in other], "mean, out of distribution": other}.items():
         if len(names) > 1:
             scores = [parts[name]["all"]["pass@1"] for name in names]
             mean = sum(m for m, _ in scores) / len(scores), math.sqrt(sum(e**2 for _, e in scores)) / len(scores)
@@ -57,7 +58,8 @@ def compare(a, b, out=None):
     hold the same problems.
     """
     import numpy
-    runs = [_read(a), _read(b)]
+    (first, settings_a), (second, settings_b) = _read(a), _read(b)
+    runs = [first, second]
     names = [name for name in runs[0] if name in runs[1]]
     if not names:
         raise SystemExit(f"error: --compare: no benchmark in common: {a} has {', '.join(runs[0])}; {b} has {', '.join(runs[1])}")
@@ -84,9 +86,12 @@ def compare(a, b, out=None):
             if n > 1:
                 curves[f"{run}, {name}"] = {k: 100 * evaluate.mean_pass_at_k(results[name], k)[0] for k in range(1, n + 1)}
     out = Path(out or f"runs/compare-{Path(a).name}-{Path(b).name}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --out {out} cannot be made: {error.strerror}; name another directory") from error
     (out / "comparison.json").write_text(json.dumps({"a": a, "b": b, "results": numbers}, indent=1) + "\n")
-    text = "\n".join([f"- A: {a}", f"- B: {b}", *_differing(a, b), "", *_table(lines)])
+    text = "\n".join([f"- A: {a}", f"- B: {b}", *_differing(settings_a, settings_b), "", *_table(lines)])
     (out / "comparison.md").write_text(text + "\n")
     if curves:
         plot.pass_at_k(curves, out / "pass.png")
@@ -94,24 +99,28 @@ def compare(a, b, out=None):
 
 
 def _read(run):
-    """{benchmark: results} of an evaluation, or of a training run the last of its held-out evaluations."""
-    for file in ("results.jsonl", "held_out.jsonl"):
+    """({benchmark: results}, settings) of an evaluation, or of a training run the last of its held-out evaluations."""
+    for file, made_by, key in (("results.jsonl", "results.json", "settings"), ("held_out.jsonl", "config.json", "flags")):
         path = Path(run) / file
-        if path.is_file():
+        try:
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            rows = [row for row in rows if row.get("step") == rows[-1].get("step")]
-            return {name: [r for r in rows if r.get("benchmark", "held out") == name]
-                    for name in dict.fromkeys(row.get("benchmark", "held out") for row in rows)}
+            settings = json.loads(path.with_name(made_by).read_text())[key] if path.with_name(made_by).exists() else {}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"error: --compare {run}: {path.name} or {made_by} is broken: {error}") from error
+        if not rows:
+            raise SystemExit(f"error: --compare {run}: {file} is empty")
+        step = rows[-1].get("step")
+        rows = [row for row in rows if row.get("step") == step]
+        return {name: [r for r in rows if r.get("benchmark", "held out") == name]
+                for name in dict.fromkeys(row.get("benchmark", "held out") for row in rows)}, settings | {"step": step}
     raise SystemExit(f"error: --compare {run}: no results.jsonl (of evaluate.py, finished) and no held_out.jsonl (of train_hpt.py) there")
 
 
-def _differing(a, b):
+def _differing(first, second):
     """Lines that name the settings in which two evaluations differ."""
-    both = [Path(run) / "results.json" for run in (a, b)]
-    if not all(path.is_file() for path in both):
-        return []
-    first, second = (json.loads(path.read_text())["settings"] for path in both)
-    return [f"- {key}: {first[key]} in A, {second.get(key)} in B" for key in first if key != "model" and first[key] != second.get(key)]
+    return [f"- {key}: {first[key]} in A, {second[key]} in B" for key in first if key not in ("model", "out") and first[key] != second.get(key, first[key])]
 
 
 def _cell(score):

@@ -88,13 +88,14 @@ def test_paper_is_one_flag():
     args = evaluate.parse_args(["--model", "m", "--paper"])
     assert args.bench == list(benchmarks.BENCHMARKS) and (args.temperature, args.top_p, args.max_response_tokens) == (0.6, 0.95, 8192)
     assert args.system_prompt == data.SYSTEM and args.template == "chat"
-    files = {"aime24": 32, "aime25": 32, "amc23": 32, "amc": 32, "math500": 1, "minerva": 1, "olympiadbench": 1, "arc_c": 1, "gpqa": 1, "mine": 1}
+    files = {"aime24": 32, "aime25": 32, "amc23": 32, "amc": 32, "math500": 1, "minerva": 1, "olympiadbench": 1, "arc_c": 1, "gpqa": 1, "mine": 1, "AIME_2024": 32, "AMC": 32}
     assert {name: benchmarks.paper_samples(name) for name in files} == files
 
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--paper", "--temperature", "1"], "--paper sets --temperature itself"), ([], "nothing to evaluate on"),
-    (["--data", "a/x.json", "b/x.json"], "two are named alike"), (["--bench", "none"], "invalid choice: 'none'")])
+    (["--data", "a/x.json", "b/x.json"], "two are named alike"), (["--compare", "a", "b"], "--compare takes two directories"),
+    (["--paper", "--seed", "-1"], "--seed must be from 0"), (["--paper", "--rope-theta", "0"], "--rope-theta must be above 0"), (["--bench", "none"], "invalid choice: 'none'")])
 def test_bad_flags(capsys, flags, sentence):
     with pytest.raises(SystemExit):
         evaluate.parse_args(["--model", "m", *flags])
@@ -140,12 +141,18 @@ def test_what_cannot_be_compared(tmp_path):
     write_results(tmp_path / "a", [1, 2])
     write_results(tmp_path / "b", [1, 2, 3])
     write_results(tmp_path / "c", [1, 2], benchmark="other")
-    for other, sentence in (("b", "held out is not the same problems"), ("c", "no benchmark in common"), ("none", "no results.jsonl")):
+    write_results(tmp_path / "empty", [])
+    write_results(tmp_path / "cut", [1, 2])
+    (tmp_path / "cut/results.jsonl").write_text((tmp_path / "cut/results.jsonl").read_text()[:-9])
+    for other, sentence in (("b", "held out is not the same problems"), ("c", "no benchmark in common"), ("none", "no results.jsonl"),
+                            ("empty", "results.jsonl is empty"), ("cut", "results.jsonl or results.json is broken")):
         with pytest.raises(SystemExit, match=f"--compare.*{sentence}"):
             tables.compare(str(tmp_path / "a"), str(tmp_path / other), str(tmp_path / "out"))
     write_results(tmp_path / "d", [0, 0], file="held_out.jsonl", step=0)  # a training run: its last evaluation counts
     write_results(tmp_path / "d", [4, 2], file="held_out.jsonl", step=9)
+    (tmp_path / "d/config.json").write_text(json.dumps({"flags": {"lr": 1, "steps": 9}}))
     tables.compare(str(tmp_path / "d"), str(tmp_path / "a"), str(tmp_path / "out"))
+    assert "- step: 9 in A, None in B\n" in (tmp_path / "out/comparison.md").read_text()
     assert json.loads((tmp_path / "out/comparison.json").read_text())["results"]["held out"]["a"] == 6 / 8
 
 
@@ -258,7 +265,8 @@ def test_killed_in_the_middle_it_finishes_with_the_same_table(whole, model, prob
     text = parts[0].read_text()
     kept = [json.loads(line) for line in text.split("\n")[:-1]]
     assert 20 <= len(kept) < 144 and not (out / "table.md").exists()
-    parts[0].write_text(text + '{"benchmark": "mine", "index": 3, "respon')  # as a kill in the middle of a line leaves it
+    lines = text.splitlines(keepends=True)  # two lines cut by a kill, one of them with a later run's line behind it
+    parts[0].write_text("".join(lines[:5]) + '{"benchmark": "mine", "ind' + "".join(lines[5:]) + '{"benchmark": "mine", "index": 3, "respon')
     run(model, problems, out, ranks=2)
     for name in ("table.md", "results.jsonl"):
         assert (out / name).read_text() == (whole[0] / name).read_text()
@@ -279,13 +287,26 @@ def test_what_is_there_is_not_sampled_again(whole, model, problems, tmp_path):
     assert (out / "table.md").read_text() != (whole[0] / "table.md").read_text()
 
 
-def test_a_directory_holds_one_evaluation(whole, model, problems):
+def test_weights_that_are_not_numbers_are_no_score_of_0(problems, tmp_path):
+    from safetensors.torch import load_file, save_file
+    model = chain(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    done = subprocess.run(command(model, problems[:1], tmp_path / "out"), cwd=HERE, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "error: the model's probabilities are not numbers (nan)" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_directory_holds_one_evaluation(whole, model, problems, tmp_path):
     def fails(sentence, *more):
         done = subprocess.run([*command(model, problems, whole[0]), *map(str, more)], cwd=HERE, capture_output=True, text=True)
         assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
     table = (whole[0] / "table.md").read_text()
     fails("holds an evaluation with another seed, 0, not 1", "--seed", 1)
     fails("holds no evaluation", "--out", HERE / "toy_base")
+    (tmp_path / "settings.json").touch()
+    (tmp_path / "generations.jsonl").write_text((whole[0] / "generations.jsonl").read_text())  # of unknown settings
+    fails("settings.json is broken", "--out", tmp_path)
     with open(whole[0] / "settings.json") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         fails("another evaluation is writing there")

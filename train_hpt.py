@@ -138,6 +138,8 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} is {what}, from 0 to 1, not {getattr(args, name)}")
     if METHODS[args.method].meet == "group" and args.samples_per_prompt < 2:
         parser.error(f"--method {args.method} makes a group of rollouts and the demonstration: --samples-per-prompt must be at least 2")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
     if args.critic and args.method != "ppo":
         parser.error(f"--critic is for --method ppo, not {args.method}")
     if args.critic and not Path(args.critic, "config.json").is_file():
