@@ -15,9 +15,9 @@ HERE = Path(__file__).parent
 SMALL = ["--prompts-per-step", "8", "--eval-samples", "1"]
 
 
-def run(*command, ranks=1, fails=False):
-    """A program of this folder as a user would type it; its standard output."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+def run(*command, ranks=None, fails=False):
+    """A program of this folder as a user would type it, under torchrun where `ranks` says so; its standard output."""
+    launcher = [sys.executable] + ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] * bool(ranks)
     done = subprocess.run([*launcher, *map(str, command)], cwd=HERE, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stderr if fails else done.stdout
@@ -41,7 +41,7 @@ def level_rows(folder, count=40):
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "run"
-    return out, run("train_hpt.py", "--steps", 3, "--save-every", 2, *SMALL, "--out", out)
+    return out, run("train_hpt.py", "--steps", 3, "--save-every", 2, *SMALL, "--out", out, ranks=1)
 
 
 def test_what_a_run_prints_and_writes(toy_run):
@@ -72,7 +72,7 @@ def test_checkpoint_is_a_plain_model_that_training_moved(toy_run):
 
 
 def test_same_command_same_numbers(toy_run, tmp_path):
-    run("train_hpt.py", "--steps", 3, "--save-every", 2, *SMALL, "--out", tmp_path / "again")
+    run("train_hpt.py", "--steps", 3, "--save-every", 2, *SMALL, "--out", tmp_path / "again", ranks=1)
     first, again = metrics(toy_run[0]), metrics(tmp_path / "again")
     assert without_times(again) == without_times(first)
     run("train_hpt.py", "--steps", 1, *SMALL, "--seed", 1, "--out", tmp_path / "other")  # negative control
@@ -89,7 +89,7 @@ def test_two_ranks_are_one(toy_run, tmp_path):
         assert got["mismatch/logp_max"] < 1e-4
         if name == "data parallel":
             alone = tmp_path / "alone"
-            run("train_hpt.py", "--steps", 1, "--minibatches-per-step", 1, *SMALL, "--out", alone)
+            run("train_hpt.py", "--steps", 1, "--minibatches-per-step", 1, *SMALL, "--out", alone, ranks=1)
             want = metrics(alone)[1]
         for key in ("reward/mean", "hpt/sft_frac", "response_length/mean"):
             assert got[key] == want[key], (name, key)
@@ -106,7 +106,7 @@ FLAGS = {"ppo": ["--critic-lr", 1e-2],
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ELSEWHERE])
 def test_other_methods(tmp_path, method):
     """Three steps of every method; what it uses is what its row says it uses."""
-    out, ranks = tmp_path / "out", 2 if method == "ppo" else 1
+    out, ranks = tmp_path / "out", 2 if method == "ppo" else None
     flags = ["--method", method, "--model", toy.BASE, "--data", level_rows(tmp_path), "--prompts-per-step", 8, "--samples-per-prompt", 4,
              "--max-prompt-tokens", 16, "--max-response-tokens", 112, "--lr", 1e-3]
     run("train_hpt.py", *flags, *FLAGS.get(method, []), "--steps", 3, "--out", out, ranks=ranks)
@@ -214,7 +214,7 @@ def test_evaluate_agrees_with_training(toy_run, tmp_path):
 def test_an_output_directory_is_never_overwritten(toy_run):
     out, _ = toy_run
     before = (out / "metrics.jsonl").read_text()
-    assert "exists already" in run("train_hpt.py", "--out", out, fails=True)
+    assert "exists already" in run("train_hpt.py", "--out", out, ranks=1, fails=True)
     assert (out / "metrics.jsonl").read_text() == before
 
 
