@@ -67,7 +67,8 @@ def compare(a, b, out=None):
     numbers, curves = {}, {}
     for name in names:
         if [r["prompt"] for r in runs[0][name]] != [r["prompt"] for r in runs[1][name]]:
-            raise SystemExit(f"error: --compare: {name} is not the same problems in {a} and in {b}: evaluate both on the same file")
+            raise SystemExit(f"error: --compare: {name} is not the same problems in {a} ({len(runs[0][name])} of them) and in {b} "
+                             f"({len(runs[1][name])}): evaluate both, to the end, on the same file")
         pairs = [dict(zip("ab", pair), level=pair[0]["level"]) for pair in zip(runs[0][name], runs[1][name])]
         for level, part in evaluate.by_level(pairs).items():
             scores = [numpy.array([p[run]["correct"] / p[run]["samples"] for p in part]) for run in "ab"]
