@@ -41,7 +41,9 @@ def report(out, settings, results, timeouts):
             mean = sum(m for m, _ in scores) / len(scores), math.sqrt(sum(e**2 for _, e in scores)) / len(scores)
             numbers[label] = {"benchmarks": names, "avg@n": mean}
             lines.append([f"{label} of {len(names)}", "", "", _cell(mean), *[""] * len(ks), "", "", ""])
-    (out / "results.json").write_text(json.dumps({"settings": settings, "commit": commit or None, "results": numbers}, indent=1) + "\n")
+    written = {"settings": settings, "commit": commit or None, "results": numbers}
+    written = json.loads(json.dumps(written), parse_constant=lambda nan: None)  # the error of a single problem; JSON has no nan
+    (out / "results.json").write_text(json.dumps(written, indent=1) + "\n")
     head = [f"- {name}: {'; '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}"
             for name, value in (settings | {"commit": commit}).items() if value not in (None, "")]
     text = "\n".join([*head, "", *_table(lines), "", "±: one standard error over problems. tokens: mean response length. timeouts: answers the "

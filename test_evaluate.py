@@ -287,6 +287,13 @@ def test_what_is_there_is_not_sampled_again(whole, model, problems, tmp_path):
     assert (out / "table.md").read_text() != (whole[0] / "table.md").read_text()
 
 
+def test_a_single_problem_has_no_standard_error(tmp_path, capsys):
+    result = {"prompt": "q", "level": None, "samples": 2, "correct": 1, "lengths": [3, 5], "truncated": 0}
+    tables.report(tmp_path, {}, {"x": [result], "y": [result]}, {"x": 0, "y": 0})
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))["results"]
+    assert written["x"]["avg@2"] == [0.5, None] and "50.0 ± nan" in capsys.readouterr().out
+
+
 def test_weights_that_are_not_numbers_are_no_score_of_0(problems, tmp_path):
     from safetensors.torch import load_file, save_file
     model = chain(tmp_path / "model")
