@@ -35,7 +35,7 @@ def derive_seed(*key):
 def one_voice(quiet=False):
     """Around a program under torchrun: rank 0 says why it stops; the others, with the same to say, leave it the time to.
 
-    A rank that alone has a reason says it too, after 3 seconds; torchrun ends the waiting when rank 0 has spoken.
+    A rank that alone has a reason says it too, after 10 seconds; torchrun ends the waiting when rank 0 has spoken.
     quiet: argparse, which prints before it raises, prints on rank 0 alone.
     """
     rank = int(os.environ.get("RANK", 0))
@@ -46,7 +46,7 @@ def one_voice(quiet=False):
         raise SystemExit("interrupted" if rank == 0 else 130) from None
     except SystemExit as stop:
         if rank and stop.code:
-            time.sleep(3)
+            time.sleep(10)
         raise
 
 
