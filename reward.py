@@ -129,7 +129,7 @@ class Verifier:
             _kill(self.idle.get())
 
     def score(self, responses, answers):
-        """Rewards (floats) in the order of `responses` (list of str), against `answers` (list of str or lists of str)."""
+        """Rewards (floats) in the order of `responses` (list of str), against `answers`, as many, each as `grade` takes it."""
         scores = list(self.threads.map(self._score, zip(responses, answers, strict=True)))
         self.timeouts += scores.count(None)
         return [score or 0.0 for score in scores]

@@ -11,7 +11,7 @@ from pathlib import Path
 import evaluate
 import plot
 
-OTHER = ("arc", "gpqa")  # how the names of those begin that the paper averages apart, as out of distribution
+OTHER = ("arc_c", "arc-c", "gpqa")  # how the names of those begin that the paper averages apart, as out of distribution
 RESAMPLES = 10_000
 
 
@@ -60,8 +60,7 @@ def compare(a, b, out=None):
     hold the same problems.
     """
     import numpy
-    (first, settings_a), (second, settings_b) = _read(a), _read(b)
-    runs = [first, second]
+    runs, settings = zip(_read(a), _read(b))
     names = [name for name in runs[0] if name in runs[1]]
     if not names:
         raise SystemExit(f"error: --compare: no benchmark in common: {a} has {', '.join(runs[0])}; {b} has {', '.join(runs[1])}")
@@ -94,7 +93,7 @@ def compare(a, b, out=None):
     except OSError as error:
         raise SystemExit(f"error: --out {out} cannot be made: {error.strerror}; name another directory") from error
     (out / "comparison.json").write_text(json.dumps({"a": a, "b": b, "results": numbers}, indent=1) + "\n")
-    text = "\n".join([f"- A: {a}", f"- B: {b}", *_differing(settings_a, settings_b), "", *_table(lines)])
+    text = "\n".join([f"- A: {a}", f"- B: {b}", *_differing(*settings), "", *_table(lines)])
     (out / "comparison.md").write_text(text + "\n")
     if curves:
         plot.pass_at_k(curves, out / "pass.png")

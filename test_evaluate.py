@@ -76,7 +76,8 @@ def test_benchmarks_from_the_hub_by_name(tmp_path, monkeypatch):
     assert got["math500"] == [{"prompt": "P", "answer": "p - q", "level": 3}] and got["olympiad"][0]["answer"] == "$2$, $3$"
     assert got["arc_c"] == [{"prompt": "Q\n\nA. a\nB. b\nC. c", "answer": "B"}]
     question, letter = got["gpqa"][0]["prompt"], got["gpqa"][0]["answer"]
-    assert f"{letter}. right" in question.splitlines() and sorted(question.splitlines()[2:], key=lambda line: line[3:])[1:] != [] and len(question.splitlines()) == 6
+    assert f"{letter}. right" in question.splitlines() and sorted(line[3:] for line in question.splitlines()[2:]) == ["right", "w1", "w2", "w3"]
+    assert [line[:3] for line in question.splitlines()] == ["Whi", "", "A. ", "B. ", "C. ", "D. "]
     assert got["gpqa"] == benchmarks.load("gpqa")
     monkeypatch.setitem(benchmarks.BENCHMARKS, "aime24", benchmarks.BENCHMARKS["aime24"]._replace(question="Problem"))
     with pytest.raises(SystemExit, match=r"--bench aime24: row 1 of .* \(KeyError: 'Problem'\); it has: id, problem, answer"):
