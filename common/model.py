@@ -1,34 +1,118 @@
-"""The networks under FSDP: the policy, PPO's critic, how both are sharded, gathered and saved. No algorithm here."""
+"""The networks under FSDP: the policy and PPO's critic, how they are sharded, updated and saved."""
+
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from common import distributed
 
-class Policy(torch.nn.Module):
-    """A causal LM whose forward pass gives log-probabilities of chosen tokens, never all logits at once."""
 
-    def __init__(self, lm, temperature, chunk=1024):
+class Network(torch.nn.Module):
+    """A Hugging Face model `lm`, and what the policy and the critic have in common."""
+
+    name = "network"
+    optimizer: torch.optim.Optimizer  # set by `shard`
+
+    def __init__(self, lm):
         super().__init__()
-        self.lm, self.temperature, self.chunk = lm, temperature, chunk
+        self.lm = lm
+
+    def states_before(self, ids: Tensor, response: Tensor) -> Tensor:
+        """The last hidden states (n, D) at the positions just before the tokens in `response`.
+
+        ids is (B, T) int64, padded on the right. Under causal attention no real token sees the
+        padding, so there is no attention mask. response is (B, T) bool and marks the n tokens; it
+        is never true in column 0.
+        """
+        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+        return hidden[:, :-1][response[:, 1:]]
+
+    def num_parameters(self) -> int:
+        """The number of parameters, over all shards."""
+        return sum(p.numel() for p in self.parameters())
+
+    def step(self, lr: float, max_norm: float) -> float:
+        """Clip the gradient, take an optimizer step, clear the gradient. Returns its norm.
+
+        If the norm is not finite, the optimizer step is skipped; the gradient is cleared anyway.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm).full_tensor().item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+        elif distributed.rank() == 0:
+            print(f"gradient norm of the {self.name} is {norm}: update skipped", flush=True)
+        self.optimizer.zero_grad()
+        return norm
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor) pairs, in the dtype in which the sampler computes.
+
+        The tensors are gathered from the shards one at a time: every rank must consume them all.
+        Tied weights come under each of their names, as Sampler.load wants them.
+        """
+        for name, parameter in self.lm.named_parameters(remove_duplicate=False):
+            dtype = torch.bfloat16 if parameter.is_cuda else torch.float32
+            yield name, parameter.detach().full_tensor().to(dtype)
+
+    def save(self, directory: Path, tokenizer) -> None:
+        """Write a plain Hugging Face directory, with the weights as the sampler has them."""
+        weights = {}
+        for name, tensor in self.weights():  # every rank gathers, rank 0 keeps
+            if distributed.rank() == 0:
+                weights[name] = tensor.cpu()
+        if distributed.rank() == 0:
+            with torch.device("meta"):
+                skeleton = type(self.lm)(self.lm.config).to(next(iter(weights.values())).dtype)
+            if hasattr(self.lm, "generation_config"):  # a critic has none
+                skeleton.generation_config = self.lm.generation_config
+            skeleton.save_pretrained(directory, state_dict=weights)
+            tokenizer.save_pretrained(directory)
+
+
+class Policy(Network):
+    """A causal language model that returns log-probabilities of given tokens.
+
+    temperature: all logits are divided by it, as the sampler does. So every log-probability, also
+    that of a demonstration, is one of softmax(logits / temperature).
+    chunk: the output layer is applied to this many tokens at a time. A full (n, V) matrix of logits
+    would take more memory than the rest of the model.
+    """
+
+    name = "policy"
+
+    def __init__(self, lm, temperature: float, chunk: int = 1024):
+        super().__init__(lm)
+        self.temperature, self.chunk = temperature, chunk
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)  # Gemma 2
 
-    def forward(self, ids, response, with_entropy=False):
-        """Log-probabilities (n,), float32 or wider, of the n tokens marked in `response`, row by row, and their entropy or None.
+    def forward(
+        self, ids: Tensor, response: Tensor, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (n,) of the n tokens that `response` marks, and entropies or None.
 
-        ids (B, T) int64, padded on the right; under causal attention no real token sees the padding, so there is no
-        attention mask. response (B, T) bool, never True in column 0.
+        The n tokens come in the order of the rows, each row from left to right, without padding.
+        entropies (n,), in nats, are those of the distributions from which the tokens come. Both
+        are float32 or wider. ids and response are as in Network.states_before.
         """
-        hidden, targets = states_before(self.lm.base_model, ids, response), ids[response]  # (n, D), (n,)
-        parts = [checkpoint(self.head, h, t, with_entropy, use_reentrant=False)
-                 for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk))]
-        logp, entropy = zip(*parts)
+        hidden, targets = self.states_before(ids, response), ids[response]  # (n, D), (n,)
+        logp, entropy = [], []
+        for states, tokens in zip(hidden.split(self.chunk), targets.split(self.chunk)):
+            # checkpoint: the chunk's logits are computed again in the backward pass, not kept.
+            part = checkpoint(self.head, states, tokens, with_entropy, use_reentrant=False)
+            logp.append(part[0])
+            entropy.append(part[1])
         return torch.cat(logp), torch.cat(entropy) if with_entropy else None
 
-    def head(self, hidden, targets, with_entropy):
-        """(c, D) states and (c,) token ids to (c,) log-probabilities and entropies; recomputed in the backward pass."""
+    def head(self, hidden: Tensor, targets: Tensor, with_entropy: bool):
+        """(c,) log-probabilities and entropies from (c, D) states and (c,) token ids."""
         logits = self.lm.get_output_embeddings()(hidden)  # (c, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.softcap:
@@ -39,93 +123,90 @@ class Policy(torch.nn.Module):
         return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
-class Critic(torch.nn.Module):
-    """PPO's value model: the same base with a scalar head, V(s_t) of the state before token t."""
+class Critic(Network):
+    """PPO's value model: the same base with a scalar head. `lm` is a ...ForTokenClassification."""
 
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm  # of Hugging Face's ...ForTokenClassification, one label
+    name = "critic"
 
-    def forward(self, ids, response):
-        """Values (n,), float32 or wider, of the states before the n tokens marked in `response`; arguments as Policy's."""
-        hidden = states_before(self.lm.base_model, ids, response)  # (n, D)
-        wide = torch.promote_types(hidden.dtype, torch.float32)  # a bfloat16 value would be off by more than many advantages
-        return torch.nn.functional.linear(hidden.to(wide), self.lm.score.weight.to(wide), self.lm.score.bias.to(wide)).squeeze(-1)
-
-
-def states_before(backbone, ids, response):
-    """(n, D) last hidden states at the positions before those marked in `response` (B, T)."""
-    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    return hidden[:, :-1][response[:, 1:]]
+    def forward(self, ids: Tensor, response: Tensor) -> Tensor:
+        """Values (n,) of the states before the n tokens in `response`; arguments as Policy's."""
+        hidden = self.states_before(ids, response)  # (n, D)
+        # In float32: bfloat16 has 3 digits, and advantages are often smaller than that error.
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weight, bias = self.lm.score.weight.to(wide), self.lm.score.bias.to(wide)
+        return torch.nn.functional.linear(hidden.to(wide), weight, bias).squeeze(-1)
 
 
-def build_policy(args, config, device):
-    """The sharded policy, from --model."""
+def build_policy(args, config, device) -> Policy:
+    """The policy from --model, sharded, with its optimizer."""
     from transformers import AutoModelForCausalLM
+
     lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype="auto")
-    return shard(Policy(lm, args.temperature), args.gradient_checkpointing, device)
+    return shard(Policy(lm, args.temperature), args, device)
 
 
-def check_critic(config, directory=None):
-    """SystemExit with one sentence where transformers has no value model of the base's family (Gemma 3, in 5.19), or where
-    `directory`, of --critic, holds none."""
+def build_critic(args, config, device) -> Critic:
+    """The critic from --critic, or the base model with a value head that is 0 everywhere."""
+    from transformers import AutoModelForTokenClassification
+
+    if args.critic:  # with its own config, which names the dtype in which it was saved
+        lm = AutoModelForTokenClassification.from_pretrained(args.critic, dtype="auto")
+    else:
+        one_value = {"num_labels": 1, "classifier_dropout": 0.0}
+        config = type(config).from_dict(config.to_dict() | one_value)
+        lm = AutoModelForTokenClassification.from_pretrained(
+            args.model, config=config, dtype="auto"
+        )
+        torch.nn.init.zeros_(lm.score.weight)
+        torch.nn.init.zeros_(lm.score.bias)
+    return shard(Critic(lm), args, device)
+
+
+def check_critic(config, directory: str | None = None) -> None:
+    """Raise SystemExit with one sentence if no critic can be made.
+
+    config: of the base model. transformers 5.19 has no value model for some families (Gemma 3).
+    directory: the value of --critic, which must hold weights of a critic.
+    """
     from safetensors import safe_open
     from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
     from transformers.modeling_layers import GenericForTokenClassification
-    if directory and not any("score.weight" in safe_open(file, "pt").keys() for file in Path(directory).glob("*.safetensors")):
-        raise SystemExit(f"error: --critic {directory}: no critic there, its weights have no score.weight; a run of --method ppo "
-                         "saves one in final/critic")
+
+    if directory:
+        files = Path(directory).glob("*.safetensors")
+        names = [name for file in files for name in safe_open(file, "pt").keys()]  # noqa: SIM118
+        if "score.weight" not in names:
+            raise SystemExit(
+                f"error: --critic {directory}: its weights have no score.weight, so they are not a "
+                "critic's; a run of --method ppo saves a critic in final/critic"
+            )
     kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(config), None)
-    if kind is None or not issubclass(kind, GenericForTokenClassification):  # others name their head otherwise
-        raise SystemExit(f"error: --method ppo needs a critic, and transformers has no {config.model_type} model for token "
-                         "classification to make one of: use another method, or another model")
+    if kind is None or not issubclass(kind, GenericForTokenClassification):
+        raise SystemExit(
+            "error: --method ppo needs a critic, and transformers has no token classification "
+            f"model for {config.model_type} to make one of: use another method, or another model"
+        )
 
 
-def build_critic(args, config, device):
-    """The sharded critic: --critic, as a run saved it, or the base of --model with a head that says 0."""
-    from transformers import AutoModelForTokenClassification
-    if args.critic:  # its own config, not the base's: that names the dtype in which it was saved
-        lm = AutoModelForTokenClassification.from_pretrained(args.critic, dtype="auto")
-    else:
-        config = type(config).from_dict(config.to_dict() | {"num_labels": 1, "classifier_dropout": 0.0})
-        lm = AutoModelForTokenClassification.from_pretrained(args.model, config=config, dtype="auto")
-        torch.nn.init.zeros_(lm.score.weight)
-        torch.nn.init.zeros_(lm.score.bias)
-    return shard(Critic(lm), args.gradient_checkpointing, device)
+def shard(network: Network, args, device) -> Network:
+    """Shard a network over all ranks with FSDP, block by block, and give it its AdamW optimizer.
 
-
-def shard(module, gradient_checkpointing, device):
-    """FSDP over all ranks, a block at a time: float32 master weights; on a GPU, bfloat16 compute, float32 reduction."""
-    lm = module.lm.train()  # without this, HF ignores gradient checkpointing; dropout is off in the config
-    if gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in [m for m in lm.modules() if type(m).__name__ in lm._no_split_modules]:
-        fully_shard(block.float(), mesh=mesh, mp_policy=precision)
-    return fully_shard(module.float(), mesh=mesh, mp_policy=precision)
-
-
-def full_weights(module, dtype):
-    """(Hugging Face name, full tensor) pairs, gathered from the shards one at a time; every rank must consume them.
-
-    Tied weights come under each of their names, as rollout.load wants them.
+    The master weights are float32. On a GPU the network computes in bfloat16 and sums gradients in
+    float32; on a CPU all is float32.
     """
-    for name, parameter in module.lm.named_parameters(remove_duplicate=False):
-        yield name, parameter.detach().full_tensor().to(dtype)
-
-
-def save(module, tokenizer, directory, device):
-    """A plain Hugging Face directory: float32 from a CPU, bfloat16 from a GPU, as the sampler held it."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    weights = {}
-    for name, tensor in full_weights(module, dtype):  # every rank gathers, one keeps
-        if dist.get_rank() == 0:
-            weights[name] = tensor.cpu()
-    if dist.get_rank() == 0:
-        with torch.device("meta"):
-            skeleton = type(module.lm)(module.lm.config).to(dtype)
-        if hasattr(module.lm, "generation_config"):  # a critic has none
-            skeleton.generation_config = module.lm.generation_config
-        skeleton.save_pretrained(directory, state_dict=weights)
-        tokenizer.save_pretrained(directory)
+    lm = network.lm.train()  # without train(), transformers ignores gradient checkpointing
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if device.type == "cuda":
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    else:
+        precision = MixedPrecisionPolicy()
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = [m for m in lm.modules() if type(m).__name__ in lm._no_split_modules]
+    for block in blocks:
+        fully_shard(block.float(), mesh=mesh, mp_policy=precision)
+    fully_shard(network.float(), mesh=mesh, mp_policy=precision)
+    network.optimizer = torch.optim.AdamW(
+        network.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay
+    )
+    return network

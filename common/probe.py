@@ -1,10 +1,12 @@
-"""A lens on the gradient: do the RL and the SFT signal conflict, and how noisy is each? (the paper's section 3, measured)
+"""A lens on the gradient: do the RL and the SFT signal conflict, and how noisy is each?
 
-For the rollouts (rl) and the demonstrations (sft) of a mini-batch, with h_q the gradient of prompt q alone and K prompts that
-have a part: norm of the part's gradient, cosine between the two, and the variance of the estimator over prompts, the
-trace of the sample covariance of h_q.
+This measures what section 3 of the paper discusses. --probe-gradients switches it on. For the
+rollouts (rl) and the demonstrations (sft) of one mini-batch it gives
+
+    norm        of the part's gradient
+    cosine      between the two gradients
+    variance    over prompts: the trace of the sample covariance of the gradients of single prompts
 """
-import collections
 
 import torch
 import torch.distributed as dist
@@ -14,53 +16,62 @@ from upge import TABLE
 PARTS = {"rl": "rollout", "sft": "demo"}
 
 
-def probe(policy, batches, befores, accumulate):
-    """{"probe/..": float} for this rank's micro-batches of one optimizer step; leaves weights and gradients as they were.
+def probe(policy, micro_batches, accumulate) -> dict[str, float]:
+    """{"probe/...": float} for one optimizer step. It leaves weights and gradients as they were.
 
-    batches, befores: as train_hpt.accumulate_gradient takes them. accumulate: that function, its args and device bound.
-    A backward pass for each prompt and part of a micro-batch; a metric that needs more prompts than there are is left out.
+    Args:
+        policy: the sharded policy, without a gradient.
+        micro_batches: this rank's MicroBatch objects of the optimizer step.
+        accumulate: a function (policy, micro_batches) that adds their gradient, as
+            train_hpt.accumulate_gradient does.
+
+    It costs a backward pass per prompt, part and micro-batch. A metric that needs more prompts than
+    there are is left out.
     """
-    metrics, total = {}, {}
-    prompts = 1 + global_sum(max((s.group for _, batch in batches for s in batch), default=-1), dist.ReduceOp.MAX)
+    metrics, gradients = {}, {}
+    last_prompt = max((q for m in micro_batches for q in m.prompts), default=-1)
+    prompts = 1 + int(over_ranks(last_prompt, dist.ReduceOp.MAX))
     for part, data in PARTS.items():
-        total[part], squares, count = 0.0, 0.0, 0
-        for q in range(int(prompts)):
-            mine = [pair for pair in map(select, batches, befores, [q] * len(batches)) if pair and TABLE[pair[0][0]].data == data]
-            passes = int(global_sum(len(mine), dist.ReduceOp.MAX))
-            if passes:  # ranks must run equally many
-                filler = next(((name, []) for name, _ in batches if TABLE[name].data == data), None)
-                mine += [(filler, None)] * (passes - len(mine))
-                accumulate(policy, *zip(*mine), totals=collections.defaultdict(float))
-                gradient = torch.cat([p.grad.to_local().flatten() for p in policy.parameters() if p.grad is not None])
-                policy.zero_grad()
-                total[part] = total[part] + gradient
-                squares += global_sum(gradient.square().sum().item())
+        of_part = [m for m in micro_batches if TABLE[m.row].data == data]
+        gradient, squares, count = 0.0, 0.0, 0
+        for q in range(prompts):
+            own = gradient_of_prompt(policy, of_part, q, accumulate)
+            if own is not None:
+                gradient = gradient + own
+                squares += over_ranks(own.square().sum().item())
                 count += 1
         if count:
-            square = global_sum(total[part].square().sum().item())
-            metrics[f"probe/{part}_norm"] = square**0.5
-        if count > 1:  # the prompts' weights contain 1/N: h_q = N times what was summed, and their mean N/K of the total
-            metrics[f"probe/{part}_variance"] = prompts**2 * max(0.0, squares - square / count) / (count - 1)
+            square = over_ranks(gradient.square().sum().item())
+            gradients[part], metrics[f"probe/{part}_norm"] = gradient, square**0.5
+        if count > 1:
+            # `gradient` is the sum over prompts of g_q = h_q / N, with h_q the gradient of prompt q
+            # alone: the weights contain 1/N. The sample variance of the h_q over `count` prompts
+            # is N^2 (sum |g_q|^2 - |sum g_q|^2 / count) / (count - 1).
+            variance = max(0.0, squares - square / count) / (count - 1)
+            metrics[f"probe/{part}_variance"] = prompts**2 * variance
     if all(metrics.get(f"probe/{part}_norm") for part in PARTS):
-        dot = global_sum((total["rl"] * total["sft"]).sum().item())
+        dot = over_ranks((gradients["rl"] * gradients["sft"]).sum().item())
         metrics["probe/cosine"] = dot / metrics["probe/rl_norm"] / metrics["probe/sft_norm"]
     return metrics
 
 
-def select(named_batch, before, q):
-    """The part of a micro-batch that belongs to prompt q, in the same form, or None."""
-    name, batch = named_batch
-    kept = [s.group == q for s in batch]
-    if not any(kept):
+def gradient_of_prompt(policy, micro_batches, q: int, accumulate):
+    """This rank's shard of the gradient of prompt q, flat, or None if no rank has a part of it."""
+    mine = [m.only(q) for m in micro_batches if q in m.prompts]
+    passes = int(over_ranks(len(mine), dist.ReduceOp.MAX))
+    if passes == 0:
         return None
-    tokens = torch.tensor([k for k, s in zip(kept, batch) for _ in s.response], device=before.weight.device)
-    cut = before._make(None if x is None else x[:, tokens] for x in before)
-    return (name, [s for s, k in zip(batch, kept) if k]), cut
+    # FSDP needs equally many passes on every rank: fill up with micro-batches that weigh nothing.
+    mine += [micro_batches[0].only(None)] * (passes - len(mine))
+    accumulate(policy, mine)
+    shards = [p.grad.to_local().flatten() for p in policy.parameters() if p.grad is not None]
+    policy.zero_grad()
+    return torch.cat(shards)
 
 
-def global_sum(x, op=dist.ReduceOp.SUM):
-    """A number summed (or `op`) over the ranks."""
+def over_ranks(x: float, operation=dist.ReduceOp.SUM) -> float:
+    """A number summed over the ranks, or their maximum."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     value = torch.tensor(float(x), dtype=torch.double, device=device)
-    dist.all_reduce(value, op)
+    dist.all_reduce(value, operation)
     return value.item()

@@ -1,0 +1,142 @@
+"""What the ranks of a torchrun job share: the process group, work, totals, messages, and seeds.
+
+Everything random in this project comes from `derive_seed(seed, step, problem, ...)`, never from a
+rank or from the order of calls. torch is imported inside the functions, so that a program can parse
+its flags before it pays for slow imports.
+"""
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import random
+import socket
+import sys
+import time
+
+
+def derive_seed(*key) -> int:
+    """A seed of 62 bits from any printable key, the same on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+def shuffled(n: int, *key) -> list[int]:
+    """0 .. n-1 in an order that depends on the key alone."""
+    order = list(range(n))
+    random.Random(derive_seed(*key)).shuffle(order)
+    return order
+
+
+def init_process_group():
+    """Join torchrun's process group, or make one of a single process; return the device."""
+    import torch
+    import torch.distributed as dist
+
+    gpu = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+        os.environ |= {name: str(value) for name, value in single.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+        # All ranks are on one machine: their traffic need not leave it.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nothing uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of ranks, 1 without a process group."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share_work(items: list, work, ranks_per_engine: int = 1) -> list:
+    """The results of `work` for all items, in order, each computed by one rank only.
+
+    Args:
+        items: the same list on every rank.
+        work: a function from a list of items to the list of their results. Every rank calls it
+            once, on its share, which may be empty.
+        ranks_per_engine: this many consecutive ranks share one engine and do the same share.
+
+    Every rank must call this, and every rank gets all results.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return work(items)
+    engine, engines = rank() // ranks_per_engine, world_size() // ranks_per_engine
+    shares = [None] * world_size()
+    dist.all_gather_object(shares, work(items[engine::engines]))
+    results = [None] * len(items)
+    for i, share in enumerate(shares[::ranks_per_engine]):
+        results[i::engines] = share
+    return results
+
+
+def total_over_ranks(counts: dict[str, float], maxima: tuple[str, ...] = ()) -> dict[str, float]:
+    """Each count summed over the ranks, those named in `maxima` replaced by their largest value.
+
+    Every rank must call this with the same names. A NaN on any rank is kept.
+    """
+    import torch.distributed as dist
+
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, counts)
+    totals = {}
+    for name in counts:
+        values = [other[name] for other in everyone]
+        if name in maxima:
+            totals[name] = math.nan if any(map(math.isnan, values)) else max(values)
+        else:
+            totals[name] = sum(values)
+    return totals
+
+
+def progress_bar(label: str | None, total: int | None = None, initial: int = 0, items=None):
+    """A tqdm bar on the terminal of rank 0, nothing elsewhere. `items`: what to iterate over."""
+    from tqdm import tqdm
+
+    hidden = label is None or rank() != 0 or not sys.stderr.isatty()
+    return tqdm(items, label, total, leave=False, initial=initial, disable=hidden)
+
+
+@contextlib.contextmanager
+def one_failure_message(quiet: bool = False):
+    """Around a program under torchrun: if every rank fails with the same message, print it once.
+
+    Rank 0 fails at once. The others wait 10 seconds first; torchrun ends them in that time. A rank
+    that fails alone prints its message after the wait. With `quiet`, what the others print to
+    standard error is dropped: argparse prints its message before it raises.
+    """
+    my_rank = int(os.environ.get("RANK", 0))  # the process group may not exist yet
+    silence = contextlib.redirect_stderr(io.StringIO()) if quiet and my_rank else None
+    try:
+        with silence or contextlib.nullcontext():
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted" if my_rank == 0 else 130) from None
+    except SystemExit as stop:
+        if my_rank and stop.code:
+            time.sleep(10)
+        raise
