@@ -1,293 +1,588 @@
-"""Sample answers to benchmarks and score them: avg@n and pass@k with standard errors; compare two evaluations.
+"""Sample answers to benchmarks and score them: avg@n and pass@k with standard errors.
 
-    python evaluate.py --model DIR --paper                       the paper's protocol on all its benchmarks, from the hub
-    python evaluate.py --model DIR --paper --data FILE ...       ... on files of your own
-    python evaluate.py --model DIR --bench aime24 math500 --samples 8 --temperature 1
-    torchrun --nproc_per_node=8 evaluate.py --model DIR ...      the problems are split over the engines
-    python evaluate.py --compare runs/A runs/B                   A against B, problem by problem
+    python evaluate.py --model DIR --paper                  the paper's benchmarks, from the hub
+    python evaluate.py --model DIR --paper --data FILE ...  the paper's protocol on your own files
+    python evaluate.py --model DIR --bench aime24 --samples 8 --temperature 1
+    torchrun --nproc_per_node=8 evaluate.py --model DIR ... one engine per rank, the same table
+    python evaluate.py --compare runs/A runs/B              A against B, problem by problem
 
-The same command again goes on where it was interrupted: generations are kept, and only those that are missing are sampled.
+    main
+      1. read the benchmarks; check everything that can be wrong
+      2. make the directory, or find it and read the responses that it holds
+      3. start an engine
+      4. sample the responses that are missing; score all of them
+      5. print the table
+
+If an evaluation is interrupted, the same command continues it. Every response is written as soon as
+its problem is done, and the seed of a problem depends on nothing but --seed and its position in its
+benchmark. So neither interruptions nor the number of ranks change the table on a CPU. On a GPU the
+last digits of the logits depend on which prompts are computed together, and a response may differ.
 """
-import argparse
+
+from common import flags
+
+# Flags are read before the slow imports, so that --help and wrong flags are answered at once.
+ARGS = flags.parse_evaluation_args() if __name__ == "__main__" else None
+
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import hashlib
 import json
 import math
-import statistics
-import sys
-from importlib import metadata
 from pathlib import Path
 
-import benchmarks
-import data
 import reward
-import rollout
+from common import curves, data, distributed, report
+from rollout import Sampler, check_vllm
 
-PAPER = {"temperature": 0.6, "top_p": 0.95, "max_response_tokens": 8192, "system_prompt": data.SYSTEM}
-
-
-def parse_args(argv=None):
-    """The flags; imports nothing heavy."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="evaluate.py [flags]; --help lists them",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hugging Face directory or hub id")
-    parser.add_argument("--bench", nargs="+", default=[], choices=benchmarks.BENCHMARKS, metavar="NAME",
-                        help="from the hub: " + ", ".join(f"{name} ({b.hub})" for name, b in benchmarks.BENCHMARKS.items()))
-    parser.add_argument("--data", nargs="+", default=[], help=".jsonl, .json or .parquet files, or hub ids, as for train_hpt.py")
-    parser.add_argument("--paper", action="store_true", help="the paper's protocol: temperature 0.6, top-p 0.95, 8192 tokens, its system "
-                        "prompt, 32 samples for AIME and AMC (files named so) and 1 elsewhere; all benchmarks where none is named")
-    parser.add_argument("--samples", type=int, help="n, samples per problem (default 8)")
-    parser.add_argument("--temperature", type=float, help="(default 0.6)")
-    parser.add_argument("--top-p", type=float, help="(default 0.95)")
-    parser.add_argument("--max-response-tokens", type=int, help="(default 8192)")
-    parser.add_argument("--template", choices=("chat", "plain"), default="chat", help="as for train_hpt.py")
-    parser.add_argument("--system-prompt", help="as for train_hpt.py; default: the paper's")
-    parser.add_argument("--rope-theta", type=float, help="as for train_hpt.py; a checkpoint of it has it in its config")
-    parser.add_argument("--max-position-embeddings", type=int, help="likewise")
-    parser.add_argument("--reward", default="reward:grade", metavar="MODULE:FUNCTION", help="as for train_hpt.py; right is what it gives 1")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share one engine")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="directory to write to, or to go on in (default: runs/eval-MODEL-SETTINGS)")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two directories: of this program, or of training runs (their "
-                        "last held-out evaluation); nothing is sampled")
-    args = parser.parse_args(argv)
-    if args.compare:
-        if args.model or args.bench or args.data or args.paper:
-            parser.error("--compare takes two directories, and --out: nothing is sampled")
-        return args
-    given = [name for name in (*PAPER, "samples") if getattr(args, name) is not None]
-    if args.paper and given:
-        parser.error(f"--paper sets --{given[0].replace('_', '-')} itself: leave one of the two out")
-    for name, value in PAPER.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    args.samples = 8 if args.samples is None else args.samples
-    if args.paper and not args.bench + args.data:
-        args.bench = list(benchmarks.BENCHMARKS)
-    names = args.bench + [Path(source).stem for source in args.data]
-    for good, sentence in (
-            (args.model, "--model is missing: a Hugging Face directory or hub id"),
-            (names, "nothing to evaluate on: name a --bench or a file as --data, or take --paper for all of the paper's"),
-            (len(set(names)) == len(names), f"--bench and --data: two are named alike, of {' '.join(names)}"),
-            (args.samples >= 1, f"--samples must be at least 1, not {args.samples}"),
-            (0 <= args.temperature < math.inf, f"--temperature must be 0 or more, not {args.temperature}"),
-            (args.temperature or args.samples == 1, "--temperature 0 always gives the same answer: use --samples 1"),
-            (0 < args.top_p <= 1, f"--top-p must be above 0 and at most 1, not {args.top_p}"),
-            (0 < args.gpu_memory_utilization <= 1, f"--gpu-memory-utilization is a share, not {args.gpu_memory_utilization}"),
-            (0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, not {args.seed}"),
-            (args.rope_theta is None or 0 < args.rope_theta < math.inf, f"--rope-theta must be above 0, not {args.rope_theta}"),
-            (args.max_response_tokens >= 1, f"--max-response-tokens must be at least 1, not {args.max_response_tokens}"),
-            (args.tensor_parallel >= 1, f"--tensor-parallel must be at least 1, not {args.tensor_parallel}")):
-        if not good:
-            parser.error(sentence)
-    return args
+# The numbers depend on these flags.
+DECISIVE_FLAGS = (
+    "model",
+    "template",
+    "system_prompt",
+    "temperature",
+    "top_p",
+    "max_response_tokens",
+    "seed",
+    "rope_theta",
+    "max_position_embeddings",
+    "reward",
+    "tensor_parallel",
+)
 
 
-# ------------------------------------------------------------------------------------------------------------ measures
+@dataclasses.dataclass
+class TestSet:
+    """A benchmark or a file of problems."""
 
-def pass_at_k(n, c, k):
-    """Probability that at least one of k samples is right, from c right of n: 1 - C(n-c, k)/C(n, k), unbiased."""
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def mean_and_error(values):
-    """Mean of a list and its standard error, from the sample standard deviation (nan for a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    name: str
+    problems: list  # of dicts with "prompt", "answer", "prompt_ids" and perhaps "level"
+    samples: int  # n, responses per problem
 
 
-def mean_pass_at_k(results, k):
-    """pass@k over problems, (mean, standard error); pass@1 is avg@n."""
-    return mean_and_error([pass_at_k(r["samples"], r["correct"], k) for r in results])
-
-
-def by_level(results):
-    """{level: its results}, levels sorted, and under "all" everything."""
-    levels = sorted({r["level"] for r in results if r["level"] is not None}, key=lambda level: (str(type(level)), level))
-    return {level: [r for r in results if r["level"] == level] for level in levels} | {"all": results}
-
-
-def summary(results):
-    """What a list of results of as many samples each comes to: the numbers of results.json, a [mean, standard error] pair a share."""
-    n, lengths = results[0]["samples"], [length for r in results for length in r["lengths"]]
-    return {"problems": len(results), "samples": n, f"avg@{n}": mean_pass_at_k(results, 1),
-            **{f"pass@{k}": mean_pass_at_k(results, k) for k in range(1, n + 1)},
-            "truncated": sum(r["truncated"] for r in results) / len(lengths),
-            "length/mean": statistics.fmean(lengths), "length/median": statistics.median(lengths), "length/max": max(lengths)}
-
-
-def measure(llm, verifier, problems, *, samples, seed, max_response_tokens, temperature, top_p=1.0, tensor_parallel=1,
-            progress=None, recorded=None, record=None):
-    """Sample each problem (it has "prompt_ids") `samples` times and score: one dict a problem, in order.
-
-    {"prompt", "level", "samples", "correct", "lengths" (tokens), "truncated" (count)}. Every rank calls it with the same
-    arguments and gets the whole list. recorded: {index: generations} of an earlier call, taken instead of sampling;
-    record: function that is given each new one, {"index", "responses": [{"text", "tokens", "truncated"}, ...]}, when it is done.
-    """
-    from tqdm import tqdm
-
-    def work(jobs):
-        done = {i: recorded[i] for i, _ in jobs if i in (recorded or {})}
-        todo = [(i, p) for i, p in jobs if i not in done]
-        bar = tqdm(desc=progress, total=len(jobs), initial=len(done), leave=False, disable=progress is None,
-                   mininterval=0.1 if sys.stderr.isatty() else 30.0)
-        if todo:
-            for j, group in rollout.stream(llm, [p["prompt_ids"] for _, p in todo], [rollout.derive_seed(seed, "evaluate", i) for i, _ in todo],
-                                           n=samples, max_response_tokens=max_response_tokens, temperature=temperature, top_p=top_p):
-                i = todo[j][0]
-                done[i] = {"index": i, "responses": [{"text": r.text, "tokens": len(r.ids), "truncated": r.truncated} for r in group]}
-                if record:
-                    record(done[i])
-                bar.update()
-        bar.close()
-        said = [done[i]["responses"] for i, _ in jobs]
-        rewards = iter(verifier.score([r["text"] for group in said for r in group], [p["answer"] for _, p in jobs for _ in range(samples)]))
-        return [{"prompt": p["prompt"], "level": p.get("level"), "samples": samples, "correct": sum(next(rewards) == 1.0 for _ in group),
-                 "lengths": [r["tokens"] for r in group], "truncated": sum(r["truncated"] for r in group)}
-                for (_, p), group in zip(jobs, said)]
-
-    return rollout.spread(list(enumerate(problems)), work, group=tensor_parallel)
-
-
-def write(path, results, **more):
-    """Append the results to a .jsonl file, a problem a line, each with what `more` says."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(more | result) + "\n" for result in results)
-
-
-# ------------------------------------------------------------------------------------------------------ an evaluation
-
-def main(args):
-    """Load, sample what is not there yet, score, print the table and write it. Under torchrun rank 0 prints."""
-    import tables
-
-    rollout.check_vllm()
-    config, tokenizer = data.load_config_and_tokenizer(args.model, args.rope_theta, args.max_position_embeddings)
-    sources = {name: benchmarks.load(name) for name in args.bench} | {Path(source).stem: data.load_problems(source) for source in args.data}
-    sources = {name: data.tokenize(problems, tokenizer, args.template, args.system_prompt, math.inf, math.inf)[0]
-               for name, problems in sources.items()}
-    samples = {name: benchmarks.paper_samples(name) if args.paper else args.samples for name in sources}
-    longest = max(len(p["prompt_ids"]) for problems in sources.values() for p in problems)
-    data.check_context(config, longest, args.max_response_tokens)
+def main(args) -> None:
+    """Evaluate args.model. Under torchrun every rank runs this, and rank 0 prints the table."""
+    # 1. Read the benchmarks; check everything that can be wrong before an engine starts.
+    check_vllm()
+    config, tokenizer = data.load_config_and_tokenizer(
+        args.model, args.rope_theta, args.max_position_embeddings
+    )
+    test_sets = load_test_sets(args, tokenizer)
+    longest_prompt = max(len(p["prompt_ids"]) for test in test_sets for p in test.problems)
+    data.check_context(config, longest_prompt, args.max_response_tokens)
     data.check_weights(args.model, config)
+
+    # The verifier's worker processes start first, before this process holds threads or a GPU.
     with reward.Verifier(function=args.reward) as verifier:
-        rank, world = rollout.init_process_group()
-        if world % args.tensor_parallel:
-            raise SystemExit(f"error: --tensor-parallel {args.tensor_parallel} must divide the number of ranks, {world}")
-        settings = describe(args, config, sources, samples)
-        out, lock = open_output(args, settings)
-        recorded = read_generations(out)
-        llm = None
-        if sum(map(len, recorded.values())) < sum(map(len, sources.values())):
-            override = functools.partial(data.override, rope_theta=args.rope_theta, max_position_embeddings=args.max_position_embeddings)
-            llm = rollout.build(args.model, override, max_tokens=longest + args.max_response_tokens, seed=args.seed,
-                                tensor_parallel=args.tensor_parallel, gpu_memory_utilization=args.gpu_memory_utilization)
-        results, timeouts = {}, {}
-        with open(out / f"generations.{rank}.part", "a", buffering=1) as part:  # a line when a problem is done
-            for name, problems in sources.items():
-                before = verifier.timeouts
-                record = lambda row: part.write(json.dumps({"benchmark": name} | row) + "\n") if rank % args.tensor_parallel == 0 else None
-                results[name] = measure(llm, verifier, problems, samples=samples[name], seed=args.seed, top_p=args.top_p, record=record,
-                                        max_response_tokens=args.max_response_tokens, temperature=args.temperature, recorded=recorded.get(name),
-                                        tensor_parallel=args.tensor_parallel, progress=name if rank == 0 else None)
-                timeouts[name] = sum(rollout.spread(range(world // args.tensor_parallel), lambda mine: [verifier.timeouts - before] * len(mine),
-                                                    args.tensor_parallel))
-        if llm:
-            rollout.close(llm)
-    if rank == 0:
-        merge_generations(out)
-        tables.report(out, settings, results, timeouts)
-        lock.close()
+        # 2. Make the directory, or find it and read the responses that it holds.
+        distributed.init_process_group()
+        my_rank = distributed.rank()  # kept, since the process group ends with the engine
+        settings = describe(args, config, test_sets)
+        with evaluation_directory(args, settings) as out:
+            recorded = read_generations(out)
+
+            # 3. Start an engine, unless no response is missing.
+            sampler = None
+            if is_incomplete(recorded, test_sets):
+                sampler = start_sampler(args, longest_prompt)
+
+            # 4. Sample the responses that are missing; score all of them.
+            results, timeouts = measure_all(test_sets, sampler, verifier, args.seed, recorded, out)
+            if sampler:
+                sampler.close()
+
+            # 5. Print the table.
+            if my_rank == 0:
+                report.evaluation_table(out, settings, results, timeouts)
 
 
-def describe(args, config, sources, samples):
-    """All that the numbers depend on, as a dict; an evaluation goes on only where all of it is the same."""
+# ---------------------------------------------------------------------------------------- measuring
+
+
+def measure(
+    sampler, verifier, problems, *, samples, seed, label=None, recorded=None, record=None
+) -> list[dict]:
+    """Sample responses to problems, score them, and return one result per problem.
+
+    Every rank calls this with the same arguments. Each engine does its share of the problems, and
+    every rank gets all results.
+
+    Args:
+        sampler: rollout.Sampler, or None if `recorded` has responses to every problem.
+        verifier: reward.Verifier. A response is right if its reward is exactly 1.
+        problems: dicts with "prompt", "answer", "prompt_ids" and perhaps "level".
+        samples: n, responses per problem.
+        seed: a problem's own seed is derived from this one and from its index in `problems`.
+        label: what the progress bar says; without it there is no bar.
+        recorded: {index of a problem: its responses} of an earlier call. These problems are not
+            sampled again.
+        record: a function that is called with (index, responses) as soon as a problem is done. A
+            response is a dict: "text", "tokens" (their number) and "truncated".
+
+    Returns:
+        Results as common/report.py describes them, in the order of the problems.
+    """
+    measurement = Measurement(sampler, verifier, samples, seed, label, recorded or {}, record)
+    ranks_per_engine = sampler.tensor_parallel if sampler else 1
+    return distributed.share_work(list(enumerate(problems)), measurement.run, ranks_per_engine)
+
+
+@dataclasses.dataclass
+class Measurement:
+    """The arguments of `measure`, and what a rank does with its share of the problems."""
+
+    sampler: Sampler | None
+    verifier: reward.Verifier
+    samples: int
+    seed: int
+    label: str | None
+    recorded: dict
+    record: object  # a function or None
+
+    def run(self, numbered: list) -> list[dict]:
+        """Return the results of (index, problem) pairs."""
+        responses = self.sample(numbered)
+        return self.score([problem for _, problem in numbered], responses)
+
+    def sample(self, numbered: list) -> list[list[dict]]:
+        """Return the responses to (index, problem) pairs; those recorded are not sampled again."""
+        found = {}
+        missing = []
+        for index, problem in numbered:
+            if index in self.recorded:
+                found[index] = self.recorded[index]
+            else:
+                missing.append((index, problem))
+        if missing:
+            prompts = [problem["prompt_ids"] for _, problem in missing]
+            seeds = [distributed.derive_seed(self.seed, "evaluate", index) for index, _ in missing]
+            bar = distributed.progress_bar(self.label, total=len(numbered), initial=len(found))
+            for position, rollouts in self.sampler.stream(prompts, seeds, self.samples):
+                index = missing[position][0]
+                found[index] = [response_of(rollout) for rollout in rollouts]
+                if self.record:
+                    self.record(index, found[index])
+                bar.update()
+            bar.close()
+        return [found[index] for index, _ in numbered]
+
+    def score(self, problems: list, responses: list[list[dict]]) -> list[dict]:
+        """Return the results of problems and their responses."""
+        texts, answers = [], []
+        for problem, group in zip(problems, responses, strict=True):
+            texts += [response["text"] for response in group]
+            answers += [problem["answer"]] * len(group)
+        rewards = self.verifier.score(texts, answers)
+
+        results = []
+        start = 0
+        for problem, group in zip(problems, responses, strict=True):
+            group_rewards = rewards[start : start + len(group)]
+            start += len(group)
+            result = {
+                "prompt": problem["prompt"],
+                "level": problem.get("level"),
+                "samples": self.samples,
+                "correct": sum(reward == 1.0 for reward in group_rewards),
+                "lengths": [response["tokens"] for response in group],
+                "truncated": sum(response["truncated"] for response in group),
+            }
+            results.append(result)
+        return results
+
+
+def response_of(rollout) -> dict:
+    """Return what is recorded of a rollout.Rollout."""
+    return {"text": rollout.text, "tokens": len(rollout.ids), "truncated": rollout.truncated}
+
+
+# --------------------------------------------------------------------------- steps of an evaluation
+
+
+def load_test_sets(args, tokenizer) -> list[TestSet]:
+    """Read the benchmarks of --bench and the files of --data; tokenise their prompts."""
+    sources = {name: data.load_benchmark(name) for name in args.bench}
+    for source in args.data:
+        sources[Path(source).stem] = data.load_problems(source)
+    test_sets = []
+    for name, problems in sources.items():
+        tokenized, _, _ = data.tokenize(
+            problems, tokenizer, args.template, args.system_prompt, math.inf, math.inf
+        )
+        samples = data.paper_samples(name) if args.paper else args.samples
+        test_sets.append(TestSet(name, tokenized, samples))
+    return test_sets
+
+
+def describe(args, config, test_sets: list[TestSet]) -> dict:
+    """Return everything that the numbers depend on.
+
+    An evaluation is continued only if all of this is unchanged.
+    """
     import torch
-    files = [path for pattern in ("config.json", "*.safetensors", "*.bin") for path in sorted(Path(args.model).glob(pattern))]
-    weights = hashlib.sha256()
-    for path in files:  # a mebibyte of each file tells two checkpoints apart
+
+    device = "CPU, float32"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()}, bfloat16"
+    settings = {name: getattr(args, name) for name in DECISIVE_FLAGS}
+    settings["weights"] = weights_digest(args.model) or getattr(config, "_commit_hash", None)
+    settings["benchmarks"] = {
+        test.name: f"{len(test.problems)} problems ({problems_digest(test.problems)}), "
+        f"{test.samples} samples each"
+        for test in test_sets
+    }
+    settings["device"] = device
+    settings["versions"] = report.versions_and_commit()["versions"]
+    return settings
+
+
+def problems_digest(problems: list[dict]) -> str:
+    """Return a hash of what is asked and what is right."""
+    content = [(problem["prompt_ids"], problem["answer"]) for problem in problems]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def weights_digest(model: str) -> str | None:
+    """Return a hash of a model directory's config and weights; None for a model from the hub.
+
+    Of each file it reads the size and one mebibyte in the middle: enough to tell two checkpoints
+    apart, and quick for large ones.
+    """
+    paths = []
+    for pattern in ("config.json", "*.safetensors", "*.bin"):
+        paths += sorted(Path(model).glob(pattern))
+    if not paths:
+        return None
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size // 2 - 2**19))
-            weights.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
-    digest = lambda problems: hashlib.sha256(repr([(p["prompt_ids"], p["answer"]) for p in problems]).encode()).hexdigest()[:12]
-    names = ("model", "template", "system_prompt", "temperature", "top_p", "max_response_tokens", "seed", "rope_theta",
-             "max_position_embeddings", "reward", "tensor_parallel")
-    packages = ("torch", "transformers", "math-verify", "latex2sympy2_extended", "sympy")
-    gpu = torch.cuda.is_available()
-    return {name: getattr(args, name) for name in names} | {
-        "weights": weights.hexdigest()[:12] if files else getattr(config, "_commit_hash", None),
-        "benchmarks": {name: f"{len(problems)} problems ({digest(problems)}), {samples[name]} samples each" for name, problems in sources.items()},
-        "device": f"{torch.cuda.get_device_name()}, bfloat16" if gpu else "CPU, float32",
-        "versions": {"vllm": rollout.VLLM_VERSION} | {package: metadata.version(package) for package in packages}}
+            file.seek(max(0, size // 2 - 2**19))
+            digest.update(file.read(2**20))
+    return digest.hexdigest()[:12]
 
 
-def open_output(args, settings):
-    """(directory, the lock on it that rank 0 holds): made by rank 0, or found with the same settings and its parts joined."""
+@contextlib.contextmanager
+def evaluation_directory(args, settings: dict):
+    """Make the evaluation's directory, or find it with the same settings: `with ... as path`.
+
+    Rank 0 makes it and keeps a second evaluation out of it until the block ends; every rank gets
+    its path.
+
+    Raises:
+        SystemExit: the directory cannot be made, or holds something else, or an evaluation with
+            other settings, or one that is running.
+    """
     import torch.distributed as dist
-    name, lock = [None], None
-    if dist.get_rank() == 0:
+
+    out, settings_file = None, contextlib.nullcontext()
+    if distributed.rank() == 0:
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         out = Path(args.out or f"runs/eval-{Path(args.model).name}-{key}")
-        name[0] = out
         if out.exists() and not (out / "settings.json").is_file():
-            raise SystemExit(f"error: --out {out} exists and holds no evaluation: name another directory")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            lock = open(out / "settings.json", "a+")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SystemExit(f"error: --out {out}: another evaluation is writing there; wait for it, or name another directory") from error
-        except OSError as error:
-            raise SystemExit(f"error: --out {out} cannot be made: {error.strerror}; name another directory") from error
-        lock.seek(0)
-        text = lock.read()
-        try:
-            there = dict(json.loads(text)) if text or list(out.glob("generations*")) else settings
-        except (ValueError, TypeError) as error:
-            raise SystemExit(f"error: {out}/settings.json is broken: name another --out") from error
-        if differ := [key for key in settings if there.get(key) != settings[key]]:
-            raise SystemExit(f"error: --out {out} holds an evaluation with another {differ[0]}, {there.get(differ[0])}, not "
-                             f"{settings[differ[0]]}: name another directory")
-        if not text:
-            lock.write(json.dumps(settings, indent=1) + "\n")
-            lock.flush()
-        merge_generations(out)
-    dist.broadcast_object_list(name)
-    name[0].mkdir(parents=True, exist_ok=True)  # on another machine
-    return name[0], lock
+            raise SystemExit(
+                f"error: --out {out} exists and holds no evaluation: name another directory"
+            )
+        report.make_directory(out, exist_ok=True)
+        settings_file = open_locked(out / "settings.json")
+    with settings_file as file:
+        if file:
+            check_settings(file, out, settings)
+        message = [out]
+        dist.broadcast_object_list(message)
+        # A rank on another machine makes the directory there.
+        yield report.make_directory(message[0], exist_ok=True)
 
 
-def read_generations(out):
-    """{benchmark: {index: {"index", "responses"}}} of all that an evaluation directory holds.
+def open_locked(path: Path):
+    """Open a file to read and append; nobody else can lock it until it is closed."""
+    try:
+        file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SystemExit(
+            f"error: --out {path.parent}: another evaluation is writing there; "
+            "wait for it, or name another directory"
+        ) from error
+    except OSError as error:
+        raise SystemExit(f"error: --out {path} cannot be opened: {error.strerror}") from error
+    return file
 
-    A line that a kill has cut, perhaps with another one behind it, does not count: what was in it is sampled again, and is the same.
+
+def check_settings(file, out: Path, settings: dict) -> None:
+    """Compare the settings in an open settings.json with `settings`; write them if it is empty.
+
+    Raises:
+        SystemExit: they differ; the first setting that does is named. Or the file cannot be read.
+    """
+    file.seek(0)
+    text = file.read()
+    if not text and not any(out.glob("generations*")):
+        file.write(json.dumps(settings, indent=1) + "\n")
+        file.flush()
+        return
+    try:
+        found = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"error: {out}/settings.json is broken: name another --out") from error
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise SystemExit(
+                f"error: --out {out} holds an evaluation with another {name}, {found.get(name)}, "
+                f"not {value}: name another directory"
+            )
+
+
+def read_generations(out: Path) -> dict[str, dict[int, list]]:
+    """Return {benchmark: {index of a problem: its responses}} of what all ranks have written.
+
+    A program that is killed can leave a line cut off. Such a line is not JSON and is ignored; its
+    problem is sampled again, with the same seed.
     """
     found = {}
-    for path in [*out.glob("generations.jsonl"), *sorted(out.glob("generations.*.part"))]:
+    for path in sorted(out.glob("generations.*.jsonl")):
         for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
                 row = json.loads(line)
-                found.setdefault(row.pop("benchmark"), {})[row["index"]] = row
+                found.setdefault(row["benchmark"], {})[row["index"]] = row["responses"]
     return found
 
 
-def merge_generations(out):
-    """Join what the ranks wrote into generations.jsonl, in order; killed at any point it loses nothing."""
-    found = read_generations(out)
-    with open(out / "generations.jsonl.new", "w") as file:
-        file.writelines(json.dumps({"benchmark": name} | rows[i]) + "\n" for name, rows in found.items() for i in sorted(rows))
-    (out / "generations.jsonl.new").replace(out / "generations.jsonl")
-    for part in out.glob("generations.*.part"):
-        part.unlink()
+def open_generations(out: Path):
+    """Open this rank's generations.RANK.jsonl to append to it.
+
+    Each line is on disk as soon as it is written. A line that was cut off is ended first, so that
+    the next one does not continue it.
+    """
+    path = out / f"generations.{distributed.rank()}.jsonl"
+    file = open(path, "a", buffering=1)  # noqa: SIM115 (the caller closes it)
+    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
+
+
+def write_generation(file, benchmark: str, index: int, responses: list[dict]) -> None:
+    """Append the responses to one problem to an open file."""
+    row = {"benchmark": benchmark, "index": index, "responses": responses}
+    file.write(json.dumps(row) + "\n")
+
+
+def is_incomplete(recorded: dict, test_sets: list[TestSet]) -> bool:
+    """Tell whether responses to any problem are missing."""
+    return any(len(recorded.get(test.name, {})) < len(test.problems) for test in test_sets)
+
+
+def start_sampler(args, longest_prompt: int) -> Sampler:
+    """Start an engine for args.model, with the settings of the flags."""
+    override = functools.partial(
+        data.override,
+        rope_theta=args.rope_theta,
+        max_position_embeddings=args.max_position_embeddings,
+    )
+    return Sampler(
+        args.model,
+        max_prompt_tokens=longest_prompt,
+        max_response_tokens=args.max_response_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        config_overrides=override,
+        tensor_parallel=args.tensor_parallel,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        seed=args.seed,
+    )
+
+
+def measure_all(
+    test_sets: list[TestSet], sampler, verifier, seed: int, recorded: dict, out: Path
+) -> tuple[dict, dict]:
+    """Measure every test set and write new responses to this rank's file.
+
+    Returns:
+        ({name: results}, {name: how many responses the verifier gave up}).
+    """
+    results, timeouts = {}, {}
+    with open_generations(out) as file:
+        for test in test_sets:
+            found = recorded.get(test.name, {})
+            results[test.name], timeouts[test.name] = measure_test_set(
+                test, sampler, verifier, seed, found, file
+            )
+    return results, timeouts
+
+
+def measure_test_set(
+    test: TestSet, sampler, verifier, seed: int, recorded: dict, file
+) -> tuple[list[dict], int]:
+    """Return a test set's results, and how many responses the verifier gave up on all ranks.
+
+    New responses are appended to `file`. Ranks that share an engine hold the same responses: only
+    the first of them records and counts.
+    """
+    counts = sampler is None or distributed.rank() % sampler.tensor_parallel == 0
+    record = functools.partial(write_generation, file, test.name) if counts else None
+    timeouts_before = verifier.timeouts
+    results = measure(
+        sampler,
+        verifier,
+        test.problems,
+        samples=test.samples,
+        seed=seed,
+        label=test.name,
+        recorded=recorded,
+        record=record,
+    )
+    timeouts = verifier.timeouts - timeouts_before if counts else 0
+    return results, distributed.total_over_ranks({"timeouts": timeouts})["timeouts"]
+
+
+# ------------------------------------------------------------------------ comparing two evaluations
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What one evaluation left in its directory."""
+
+    path: str
+    results: dict  # {benchmark: list of results}
+    settings: dict  # of evaluate.py, or the flags of a training run and the step
+
+
+def compare(path_a: str, path_b: str, out: str | None = None) -> None:
+    """Print how evaluation A differs from B, problem by problem.
+
+    The table goes to comparison.md, its numbers to comparison.json and the curves of pass@k to
+    pass.png, in the directory `out`.
+
+    Raises:
+        SystemExit: the two do not hold the same problems, or have no benchmark in common.
+    """
+    a, b = read_evaluation(path_a), read_evaluation(path_b)
+    names = [name for name in a.results if name in b.results]
+    if not names:
+        raise SystemExit(
+            f"error: --compare: no benchmark in common: {path_a} has {', '.join(a.results)}; "
+            f"{path_b} has {', '.join(b.results)}"
+        )
+    numbers, pass_curves = {}, {}
+    for name in names:
+        check_same_problems(a, b, name)
+        numbers |= compare_benchmark(name, a.results[name], b.results[name])
+        for evaluation in (a, b):
+            results = evaluation.results[name]
+            samples = results[0]["samples"]
+            if samples > 1:
+                curve = report.pass_curve(results, range(1, samples + 1))
+                pass_curves[f"{evaluation.path}, {name}"] = curve
+
+    default = f"runs/compare-{Path(path_a).name}-{Path(path_b).name}"
+    out = report.make_directory(out or default, exist_ok=True)
+    report.write_json(out / "comparison.json", {"a": path_a, "b": path_b, "results": numbers})
+    lines = [f"- A: {path_a}", f"- B: {path_b}", *differing_settings(a, b), ""]
+    lines += report.markdown_table(comparison_rows(numbers))
+    text = "\n".join(lines)
+    (out / "comparison.md").write_text(text + "\n")
+    files = "comparison.md, comparison.json"
+    if pass_curves:
+        curves.pass_at_k(pass_curves, out / "pass.png")
+        files += ", pass.png"
+    print(f"{text}\n\n{out}: {files}")
+
+
+def read_evaluation(path: str) -> Evaluation:
+    """Read the results of evaluate.py, or the last held-out evaluation of a training run.
+
+    Raises:
+        SystemExit: neither is there, or it is empty or broken.
+    """
+    folder = Path(path)
+    if (folder / "results.jsonl").is_file():
+        file, settings_file, key = "results.jsonl", "results.json", "settings"
+    elif (folder / "held_out.jsonl").is_file():
+        file, settings_file, key = "held_out.jsonl", "config.json", "flags"
+    else:
+        raise SystemExit(
+            f"error: --compare {path}: no results.jsonl (of evaluate.py, finished) "
+            "and no held_out.jsonl (of train_hpt.py) there"
+        )
+    rows = report.read_jsonl(folder / file)
+    if not rows:
+        raise SystemExit(f"error: --compare {path}: {file} is empty")
+    last_step = rows[-1].get("step")
+    results = {}
+    for row in rows:
+        if row.get("step") == last_step:
+            results.setdefault(row.get("benchmark", "held out"), []).append(row)
+    settings = {}
+    if (folder / settings_file).is_file():
+        settings = json.loads((folder / settings_file).read_text())[key]
+    return Evaluation(path, results, settings | {"step": last_step})
+
+
+def check_same_problems(a: Evaluation, b: Evaluation, name: str) -> None:
+    """Raise SystemExit unless both evaluations hold the same problems of a benchmark."""
+    prompts_a = [result["prompt"] for result in a.results[name]]
+    prompts_b = [result["prompt"] for result in b.results[name]]
+    if prompts_a != prompts_b:
+        raise SystemExit(
+            f"error: --compare: {name} is not the same problems in {a.path} "
+            f"({len(prompts_a)} of them) and in {b.path} ({len(prompts_b)}): "
+            "evaluate both, to the end, on the same file"
+        )
+
+
+def compare_benchmark(name: str, results_a: list[dict], results_b: list[dict]) -> dict:
+    """Return {label: numbers of report.compare_results}, one per level and one for all levels."""
+    pairs = []
+    for a, b in zip(results_a, results_b, strict=True):
+        pairs.append({"level": a["level"], "a": a, "b": b})
+    numbers = {}
+    for level, part in report.by_level(pairs).items():
+        label = name if level == "all" else f"{name}, level {level}"
+        numbers[label] = report.compare_results(
+            [pair["a"] for pair in part], [pair["b"] for pair in part]
+        )
+    return numbers
+
+
+def comparison_rows(numbers: dict) -> list[list]:
+    """Return the head and the rows of the comparison's table, as lists of cells."""
+    head = ["benchmark", "problems", "A, %", "B, %", "A - B", "95% interval"]
+    rows = [[*head, "solved by A alone / by B alone"]]
+    for label, part in numbers.items():
+        low, high = part["interval"]
+        a_alone, b_alone = part["exclusive"]
+        row = [
+            label,
+            part["problems"],
+            f"{100 * part['a']:.1f}",
+            f"{100 * part['b']:.1f}",
+            f"{100 * part['difference']:+.1f}",
+            f"[{100 * low:+.1f}, {100 * high:+.1f}]",
+            f"+{a_alone}/-{b_alone}",
+        ]
+        rows.append(row)
+    return rows
+
+
+def differing_settings(a: Evaluation, b: Evaluation) -> list[str]:
+    """Return one line per setting in which two evaluations differ.
+
+    A setting that B does not know is left out: the two may come from different programs.
+    """
+    lines = []
+    for name, value in a.settings.items():
+        other = b.settings.get(name, value)
+        if name not in ("model", "out") and value != other:
+            lines.append(f"- {name}: {value} in A, {other} in B")
+    return lines
 
 
 if __name__ == "__main__":
-    with rollout.one_voice(quiet=True):
-        cli = parse_args()
-    with rollout.one_voice():
-        if cli.compare:
-            import tables
-            tables.compare(*cli.compare, cli.out)
+    with distributed.one_failure_message():
+        if ARGS.compare:
+            compare(*ARGS.compare, ARGS.out)
         else:
-            main(cli)
+            main(ARGS)

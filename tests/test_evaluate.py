@@ -1,321 +1,694 @@
-"""Measures against brute force, benchmarks by name, the comparison of two evaluations, and evaluate.py itself with real vLLM."""
+"""evaluate.py: measuring and continuing with a stand-in for the engine, then the real program."""
+
+import contextlib
 import fcntl
-import itertools
 import json
 import math
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-import benchmarks
-import data
 import evaluate
-import tables
-import toy
-from evaluate import by_level, mean_and_error, mean_pass_at_k, pass_at_k, summary
+from common import data, flags, report
+from common.distributed import derive_seed
+from rollout import Rollout
+from toy import make
 
-HERE = Path(__file__).parent
-LOCAL = HERE.parent / "shared/data/benchmarks"
-
-
-# ------------------------------------------------------------------------------------------------------------- numbers
-
-@pytest.mark.parametrize("n", [1, 4, 7])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n):
-    for c in range(n + 1):
-        right = [i < c for i in range(n)]
-        for k in range(1, n + 1):
-            subsets = list(itertools.combinations(right, k))
-            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
-    assert 1 - (1 - 2 / 4) ** 2 != pytest.approx(pass_at_k(4, 2, 2))  # negative control: the biased plug-in estimate
+REPOSITORY = Path(__file__).resolve().parents[1]
+LOCAL_BENCHMARKS = REPOSITORY.parent / "shared/data/benchmarks"
+TOY_SUMS = REPOSITORY / "toy/held_out.jsonl"
 
 
-def test_mean_and_standard_error_over_problems():
-    values = [0.0, 0.25, 1.0, 0.5]
-    mean, error = mean_and_error(values)
-    assert mean == statistics.fmean(values) and error == pytest.approx(statistics.stdev(values) / 2)
-    assert mean_and_error([0.5])[0] == 0.5 and math.isnan(mean_and_error([0.5])[1])
+# ---------------------------------------------------------------------------------------- measuring
 
 
-def test_summary_and_levels():
-    results = [{"level": level, "correct": c, "samples": 4, "lengths": [1, 2, 3, c], "truncated": c // 4} for level, c in ((2, 4), (10, 0), (2, 2))]
-    assert list(by_level(results)) == [2, 10, "all"] and len(by_level(results)["all"]) == 3
-    scores = summary(results)
-    assert [name for name in scores if "@" in name] == ["avg@4", "pass@1", "pass@2", "pass@3", "pass@4"]
-    assert scores["avg@4"][0] == pytest.approx(0.5) == scores["pass@1"][0] and scores["pass@4"][0] == pytest.approx(2 / 3)
-    assert scores["truncated"] == 1 / 12 and scores["length/mean"] == 24 / 12 and scores["length/max"] == 4 and scores["length/median"] == 2
-    assert mean_pass_at_k(results, 3)[0] == pytest.approx((1 + 0 + pass_at_k(4, 2, 3)) / 3)
+class StandInSampler:
+    """Answers at once, and in reverse order; the text of a response follows from the seed."""
+
+    tensor_parallel = 1
+
+    def __init__(self, *_, stop_after=None, **__):
+        self.stop_after = stop_after  # as many problems as it does before it is interrupted
+        self.calls = []  # (prompt, seed, n)
+
+    def stream(self, prompts, seeds, n):
+        for i in reversed(range(len(prompts))):
+            if self.stop_after is not None and len(self.calls) == self.stop_after:
+                raise KeyboardInterrupt
+            self.calls.append((prompts[i], seeds[i], n))
+            rng = random.Random(seeds[i])
+            yield (
+                i,
+                [Rollout([0] * rng.randint(1, 9), [], j == 0, str(rng.random())) for j in range(n)],
+            )
+
+    def close(self):
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------- benchmarks
+class StandInVerifier:
+    """Gives each response the reward that `grade(text, answer)` says."""
 
-def test_benchmarks_from_the_hub_by_name(tmp_path, monkeypatch):
-    """Local data sets with the hub's columns, read by the real `datasets`."""
-    datasets = pytest.importorskip("datasets")
-    gpqa = {"Question": "Which?", "Correct Answer": "right\n", "Incorrect Answer 1": "w1", "Incorrect Answer 2": "w2", "Incorrect Answer 3": "w3"}
-    rows = {"aime24": ("train", {"id": 60, "problem": "P", "answer": "204"}), "amc": ("train", {"problem": "P", "answer": 142.0}),
-            "math500": ("test", {"problem": "P", "solution": "S", "answer": "p - q", "subject": "Algebra", "level": 3}),
-            "minerva": ("test", {"question": "P", "answer": "4.5e33"}), "olympiad": ("test", {"question": "P", "final_answer": ["$2$", "$3$"]}),
-            "arc_c": ("test", {"question": "Q", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"}),
-            "gpqa": ("train", gpqa)}
-    for name, (split, row) in rows.items():
-        config, folder = benchmarks.BENCHMARKS[name].config or "default", tmp_path / name
-        folder.mkdir()
-        datasets.Dataset.from_list([row]).to_parquet(folder / "rows.parquet")
-        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n    path: rows.parquet\n---\n")
-        monkeypatch.setitem(benchmarks.BENCHMARKS, name, benchmarks.BENCHMARKS[name]._replace(hub=str(folder)))
-    got = {name: benchmarks.load(name) for name in rows}
-    assert got["aime24"] == [{"prompt": "P", "answer": "204"}] and got["amc"] == [{"prompt": "P", "answer": "142"}]
-    assert got["math500"] == [{"prompt": "P", "answer": "p - q", "level": 3}] and got["olympiad"][0]["answer"] == "$2$, $3$"
-    assert got["arc_c"] == [{"prompt": "Q\n\nA. a\nB. b\nC. c", "answer": "B"}]
-    question, letter = got["gpqa"][0]["prompt"], got["gpqa"][0]["answer"]
-    assert f"{letter}. right" in question.splitlines() and sorted(line[3:] for line in question.splitlines()[2:]) == ["right", "w1", "w2", "w3"]
-    assert [line[:3] for line in question.splitlines()] == ["Whi", "", "A. ", "B. ", "C. ", "D. "]
-    assert got["gpqa"] == benchmarks.load("gpqa")
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "aime24", benchmarks.BENCHMARKS["aime24"]._replace(question="Problem"))
-    with pytest.raises(SystemExit, match=r"--bench aime24: row 1 of .* \(KeyError: 'Problem'\); it has: id, problem, answer"):
-        benchmarks.load("aime24")
-    assert {letter for i in range(40) for letter in benchmarks._problem("gpqa", benchmarks.BENCHMARKS["gpqa"], gpqa | {"Question": str(i)})["answer"]} == set("ABCD")
+    timeouts = 0
+
+    def __init__(self, grade):
+        self.grade = grade
+
+    def score(self, texts, answers):
+        return [self.grade(text, answer) for text, answer in zip(texts, answers, strict=True)]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
-def test_paper_is_one_flag():
-    args = evaluate.parse_args(["--model", "m", "--paper"])
-    assert args.bench == list(benchmarks.BENCHMARKS) and (args.temperature, args.top_p, args.max_response_tokens) == (0.6, 0.95, 8192)
-    assert args.system_prompt == data.SYSTEM and args.template == "chat"
-    files = {"aime24": 32, "aime25": 32, "amc23": 32, "amc": 32, "math500": 1, "minerva": 1, "olympiadbench": 1, "arc_c": 1, "gpqa": 1, "mine": 1, "AIME_2024": 32, "AMC": 32}
-    assert {name: benchmarks.paper_samples(name) for name in files} == files
+def numbered_problems(count=5):
+    return [{"prompt": f"q{i}", "answer": f"a{i}", "prompt_ids": [i]} for i in range(count)]
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--paper", "--temperature", "1"], "--paper sets --temperature itself"), ([], "nothing to evaluate on"),
-    (["--data", "a/x.json", "b/x.json"], "two are named alike"), (["--compare", "a", "b"], "--compare takes two directories"),
-    (["--paper", "--seed", "-1"], "--seed must be from 0"), (["--paper", "--rope-theta", "0"], "--rope-theta must be above 0"), (["--bench", "none"], "invalid choice: 'none'")])
-def test_bad_flags(capsys, flags, sentence):
-    with pytest.raises(SystemExit):
-        evaluate.parse_args(["--model", "m", *flags])
-    assert sentence in capsys.readouterr().err
+def measure(grade=lambda text, answer: 1.0, count=5, sampler=None, samples=2, seed=0, **more):
+    sampler = sampler or StandInSampler()
+    verifier = StandInVerifier(grade)
+    problems = numbered_problems(count)
+    return evaluate.measure(sampler, verifier, problems, samples=samples, seed=seed, **more)
 
 
-# ------------------------------------------------------------------------------------------------------------- compare
+def test_results_are_in_the_order_of_the_problems():
+    assert [r["prompt"] for r in measure()] == ["q0", "q1", "q2", "q3", "q4"]
 
-def write_results(folder, correct, samples=4, levels=None, file="results.jsonl", **more):
+
+def test_only_a_reward_of_exactly_1_counts_as_right():
+    rewards = iter([1.0, 0.5, 0.0, 0.999, 1, 1.0])
+    results = measure(lambda text, answer: next(rewards), count=2, samples=3)
+    assert [r["correct"] for r in results] == [1, 2]
+
+
+def test_each_response_is_graded_against_the_answer_to_its_own_problem():
+    graded = []
+    measure(lambda text, answer: graded.append((text, answer)), count=3)
+    expected = []
+    for i in range(3):
+        rng = random.Random(derive_seed(0, "evaluate", i))
+        rng.randint(1, 9)
+        expected.append((str(rng.random()), f"a{i}"))
+    assert graded[::2] == expected
+
+
+def test_a_result_counts_tokens_and_truncated_responses():
+    responses = [
+        {"text": "", "tokens": 7, "truncated": True},
+        {"text": "", "tokens": 3, "truncated": False},
+        {"text": "", "tokens": 4, "truncated": False},
+    ]
+    result = measure(count=1, samples=3, recorded={0: responses})[0]
+    assert (result["samples"], result["lengths"], result["truncated"]) == (3, [7, 3, 4], 1)
+
+
+def test_the_level_of_a_problem_is_kept():
+    problems = [
+        {"prompt": "q", "answer": "a", "prompt_ids": [0], "level": 3},
+        *numbered_problems(1),
+    ]
+    verifier = StandInVerifier(lambda text, answer: 0.0)
+    results = evaluate.measure(StandInSampler(), verifier, problems, samples=1, seed=0)
+    assert [r["level"] for r in results] == [3, None]
+
+
+def test_the_seed_of_a_problem_depends_on_the_seed_and_its_index_alone():
+    sampler = StandInSampler()
+    recorded = {1: [{"text": "", "tokens": 1, "truncated": False}]}
+    measure(sampler=sampler, count=3, seed=8, recorded=recorded, samples=1)
+    seeds = {prompt[0]: seed for prompt, seed, n in sampler.calls}
+    assert seeds == {i: derive_seed(8, "evaluate", i) for i in (0, 2)}
+
+
+def test_recorded_problems_are_not_sampled_again():
+    sampler, recorded = StandInSampler(), {}
+    whole = measure(record=recorded.__setitem__)
+    again = measure(sampler=sampler, recorded=recorded)
+    assert sampler.calls == []
+    assert again == whole
+
+
+def test_only_new_problems_are_recorded():
+    recorded = {1: [{"text": "", "tokens": 1, "truncated": False}]}
+    new = {}
+    measure(count=3, samples=1, recorded=recorded, record=new.__setitem__)
+    assert new.keys() == {0, 2}
+    assert new[0][0].keys() == {"text", "tokens", "truncated"}
+
+
+def test_without_a_sampler_recorded_problems_are_scored():
+    recorded = {}
+    whole = measure(record=recorded.__setitem__)
+    verifier = StandInVerifier(lambda text, answer: 1.0)
+    problems = numbered_problems()
+    again = evaluate.measure(None, verifier, problems, samples=2, seed=0, recorded=recorded)
+    assert again == whole
+
+
+# ---------------------------------------------------- an evaluation with stand-ins, in this process
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """Two files of toy sums, the second with levels."""
+    rows = report.read_jsonl(TOY_SUMS)
+    without_level = [{"prompt": r["prompt"], "answer": r["answer"]} for r in rows[::16]]
+    (tmp_path / "amc23.json").write_text(json.dumps(without_level))
+    report.append_jsonl(tmp_path / "mine.jsonl", rows[1::8])
+    return [str(tmp_path / "amc23.json"), str(tmp_path / "mine.jsonl")]
+
+
+@pytest.fixture
+def run_here(sums, monkeypatch, tmp_path):
+    """A function that runs evaluate.main with stand-ins and returns the sampler, or None.
+
+    It takes more flags, and `stop_after`, the number of problems until an interruption.
+    """
+    import torch.distributed as dist
+
+    environment = dict(os.environ)
+    samplers = []
+
+    def run(*more_flags, out=tmp_path / "out", stop_after=None):
+        samplers.clear()
+
+        def start(*_, **__):
+            samplers.append(StandInSampler(stop_after=stop_after))
+            return samplers[-1]
+
+        monkeypatch.setattr(evaluate, "Sampler", start)
+        command = ["--model", str(make.BASE), "--samples", "2", "--max-response-tokens", "112"]
+        command += ["--data", *sums, "--out", str(out), *map(str, more_flags)]
+        interrupted = pytest.raises(KeyboardInterrupt) if stop_after else contextlib.nullcontext()
+        try:
+            with interrupted:
+                evaluate.main(flags.parse_evaluation_args(command))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            os.environ.clear()
+            os.environ.update(environment)
+        return samplers[0] if samplers else None
+
+    def verifier(function):
+        return StandInVerifier(lambda text, answer: float(float(text) < 0.4))
+
+    monkeypatch.setattr(evaluate.reward, "Verifier", verifier)
+    return run
+
+
+def responses_in(out):
+    """{(benchmark, index): responses} of all readable lines of an evaluation's generations."""
+    found = {}
+    for path in out.glob("generations.*.jsonl"):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                assert (row["benchmark"], row["index"]) not in found
+                found[row["benchmark"], row["index"]] = row["responses"]
+    return found
+
+
+def test_every_problem_is_sampled_with_the_samples_of_the_flag(run_here, tmp_path):
+    sampler = run_here()
+    assert len(sampler.calls) == 12 + 24
+    assert {n for _, _, n in sampler.calls} == {2}
+    assert len(responses_in(tmp_path / "out")) == 12 + 24
+
+
+def test_an_interrupted_evaluation_ends_with_the_same_table(run_here, tmp_path):
+    run_here(out=tmp_path / "whole")
+    run_here(stop_after=5)
+    run_here(stop_after=9)
+    sampler = run_here()
+    assert len(sampler.calls) == 12 + 24 - 5 - 9
+    for name in ("table.md", "results.jsonl"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert responses_in(tmp_path / "out") == responses_in(tmp_path / "whole")
+
+
+def test_what_was_sampled_is_kept_and_not_sampled_again(run_here, tmp_path):
+    """A response that was changed by hand stays changed, and changes the table."""
+    run_here(out=tmp_path / "whole")
+    run_here(stop_after=5)
+    path = tmp_path / "out/generations.0.jsonl"
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[0])
+    row["responses"] = [{"text": "0.0", "tokens": 77, "truncated": True}] * 2
+    path.write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
+    run_here()
+    changed = report.read_jsonl(tmp_path / "out/results.jsonl")
+    whole = report.read_jsonl(tmp_path / "whole/results.jsonl")
+    differing = [i for i, (a, b) in enumerate(zip(changed, whole, strict=True)) if a != b]
+    assert differing == [row["index"]]
+    assert changed[row["index"]]["lengths"] == [77, 77]
+
+
+def test_a_line_that_was_cut_off_is_sampled_again(run_here, tmp_path):
+    run_here(out=tmp_path / "whole")
+    run_here(stop_after=5)
+    path = tmp_path / "out/generations.0.jsonl"
+    path.write_text(path.read_text()[:-20])
+    sampler = run_here()
+    assert len(sampler.calls) == 12 + 24 - 4
+    assert responses_in(tmp_path / "out") == responses_in(tmp_path / "whole")
+    assert (tmp_path / "out/table.md").read_text() == (tmp_path / "whole/table.md").read_text()
+
+
+def test_the_responses_of_all_ranks_are_read(run_here, tmp_path):
+    run_here(stop_after=5)
+    path = tmp_path / "out/generations.0.jsonl"
+    path.rename(tmp_path / "out/generations.3.jsonl")
+    assert len(run_here().calls) == 12 + 24 - 5
+
+
+def test_a_finished_evaluation_starts_no_engine(run_here, tmp_path, capsys):
+    run_here()
+    first = capsys.readouterr().out
+    assert run_here() is None
+    assert capsys.readouterr().out == first
+
+
+def test_timeouts_of_each_benchmark_stand_in_the_table(run_here, monkeypatch, tmp_path):
+    class Slow(StandInVerifier):
+        def score(self, texts, answers):
+            self.timeouts += 3 if len(texts) == 24 else 1
+            return super().score(texts, answers)
+
+    monkeypatch.setattr(evaluate.reward, "Verifier", lambda function: Slow(lambda *_: 0.0))
+    run_here()
+    numbers = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert (numbers["amc23"]["timeouts"], numbers["mine"]["timeouts"]) == (3, 1)
+
+
+def test_the_engine_has_the_settings_of_the_flags(monkeypatch):
+    monkeypatch.setattr(evaluate, "Sampler", lambda *args, **settings: (args, settings))
+    line = ["--model", "m", "--data", "x.jsonl", "--temperature", "0.7", "--top-p", "0.9"]
+    line += ["--max-response-tokens", "77", "--seed", "5", "--tensor-parallel", "2"]
+    line += ["--gpu-memory-utilization", "0.8", "--rope-theta", "40000"]
+    (model,), settings = evaluate.start_sampler(flags.parse_evaluation_args(line), 33)
+    override = settings.pop("config_overrides")
+    assert model == "m"
+    assert settings == {
+        "max_prompt_tokens": 33,
+        "max_response_tokens": 77,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "tensor_parallel": 2,
+        "gpu_memory_utilization": 0.8,
+        "seed": 5,
+    }
+    assert override.keywords == {"rope_theta": 40000, "max_position_embeddings": None}
+
+
+def test_paper_takes_32_samples_of_amc_and_1_of_others(sums):
+    args = flags.parse_evaluation_args(["--model", str(make.BASE), "--paper", "--data", *sums])
+    _, tokenizer = data.load_config_and_tokenizer(args.model)
+    test_sets = evaluate.load_test_sets(args, tokenizer)
+    assert [(test.name, test.samples) for test in test_sets] == [("amc23", 32), ("mine", 1)]
+
+
+@pytest.mark.parametrize(
+    "more_flags, sentence",
+    [
+        (["--seed", 1], "holds an evaluation with another seed, 0, not 1"),
+        (["--samples", 3], "another benchmarks, .*2 samples each.*3 samples each"),
+        (["--top-p", 0.5], "another top_p, 0.95, not 0.5"),
+        (["--model", "MODEL"], "another model"),
+    ],
+)
+def test_other_settings_are_refused_and_named(run_here, tmp_path, more_flags, sentence):
+    run_here()
+    if "MODEL" in more_flags:
+        model = tmp_path / "model"
+        model.symlink_to(make.BASE)
+        more_flags = ["--model", model]
+    with pytest.raises(SystemExit, match=f"error: --out .*{sentence}.*: name another directory"):
+        run_here(*more_flags)
+
+
+def test_other_problems_under_the_same_name_are_refused(run_here, sums):
+    run_here()
+    text = Path(sums[0]).read_text()
+    Path(sums[0]).write_text(text.replace('"answer": "', '"answer": "1', 1))
+    with pytest.raises(SystemExit, match="holds an evaluation with another benchmarks"):
+        run_here()
+
+
+def test_a_directory_of_something_else_is_refused(run_here, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit, match="exists and holds no evaluation"):
+        run_here()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_responses_of_unknown_settings_are_refused(run_here, tmp_path):
+    run_here()
+    (tmp_path / "out/settings.json").write_text("")
+    with pytest.raises(SystemExit, match=r"settings.json is broken"):
+        run_here()
+
+
+def test_two_evaluations_in_one_directory_are_refused(run_here, tmp_path):
+    run_here()
+    table = (tmp_path / "out/table.md").read_text()
+    with open(tmp_path / "out/settings.json") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="another evaluation is writing there"):
+            run_here()
+    assert (tmp_path / "out/table.md").read_text() == table
+    assert run_here() is None  # the lock is gone
+
+
+def test_other_weights_have_another_digest(tmp_path):
+    first = evaluate.weights_digest(make.BASE)
+    for file in Path(make.BASE).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert evaluate.weights_digest(tmp_path) == first
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert evaluate.weights_digest(tmp_path) != first
+
+
+def test_ranks_of_one_engine_record_and_count_once(monkeypatch):
+    """Four ranks, two per engine: ranks 0 and 2 record and count, 1 and 3 do not."""
+    recording = []
+    for rank in range(4):
+        monkeypatch.setattr(evaluate.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(evaluate.distributed, "total_over_ranks", lambda counts: counts)
+        verifier = StandInVerifier(lambda text, answer: 0.0)
+        verifier.score = lambda texts, answers, v=verifier: _time_out(v, texts)
+        sampler = StandInSampler()
+        sampler.tensor_parallel = 2
+        lines = SimpleNamespace(write=lambda line, rank=rank: recording.append(rank))
+        test = evaluate.TestSet("x", numbered_problems(1), 1)
+        _, timeouts = evaluate.measure_test_set(test, sampler, verifier, 0, {}, lines)
+        assert timeouts == (1 if rank in (0, 2) else 0)
+    assert recording == [0, 2]
+
+
+def _time_out(verifier, texts):
+    verifier.timeouts += 1
+    return [0.0] * len(texts)
+
+
+# ---------------------------------------------------------------------------------------- comparing
+
+
+def write_evaluation(folder, correct, samples=4, levels=None, file="results.jsonl", **more):
+    """Results of an evaluation, problem by problem."""
     folder.mkdir(exist_ok=True)
-    evaluate.write(folder / file, [{"prompt": f"q{i}", "level": levels and levels[i], "samples": samples, "correct": c} for i, c in enumerate(correct)], **more)
+    results = []
+    for i, c in enumerate(correct):
+        level = levels[i] if levels else None
+        results.append({"prompt": f"q{i}", "level": level, "samples": samples, "correct": c})
+    report.write_results(folder / file, results, **more)
+    return str(folder)
 
 
-def test_a_comparison_by_hand(tmp_path, capsys):
-    a, b, levels = [4, 3, 0, 2, 4, 4], [4, 1, 3, 3, 0, 0], [1, 1, 2, 2, 3, 3]
-    write_results(tmp_path / "a", a, levels=levels, benchmark="x")
-    write_results(tmp_path / "b", b, levels=levels, benchmark="x")
-    tables.compare(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "out"))
-    got = json.loads((tmp_path / "out/comparison.json").read_text())["results"]
-    assert got["x"]["a"] == pytest.approx(17 / 24) and got["x"]["difference"] == pytest.approx((17 - 11) / 24)
-    assert got["x"]["exclusive"] == [3, 2]  # q1, q4, q5 against q2, q3; half of the samples is no solve
-    assert got["x, level 1"]["exclusive"] == [1, 0] and got["x, level 2"]["exclusive"] == [0, 2] and got["x, level 3"]["exclusive"] == [2, 0]
-    assert got["x, level 3"]["interval"] == [1.0, 1.0]
-    printed = capsys.readouterr().out
-    assert "+3/-2" in printed and "+25.0" in printed
-    assert (tmp_path / "out/pass.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "out/comparison.md").read_text().count("|\n") == 2 + 4
+@pytest.fixture
+def two_evaluations(tmp_path):
+    levels = [1, 1, 2, 2, 3, 3]
+    a = write_evaluation(tmp_path / "a", [4, 3, 0, 2, 4, 4], levels=levels, benchmark="x")
+    b = write_evaluation(tmp_path / "b", [4, 1, 3, 3, 0, 0], levels=levels, benchmark="x")
+    return a, b, tmp_path / "out"
 
 
-def test_the_interval_is_paired(tmp_path):
-    """Two runs that differ by a constant: paired, the interval is narrow, where that of independent means would be wide."""
-    rng = random.Random(0)
-    b = [rng.choice((0, 60)) for _ in range(400)]
-    write_results(tmp_path / "a", [c + rng.choice((2, 4)) for c in b], samples=64)
-    write_results(tmp_path / "b", b, samples=64)
-    tables.compare(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "out"))
-    got = json.loads((tmp_path / "out/comparison.json").read_text())["results"]["held out"]
-    low, high = got["interval"]
-    paired, unpaired = 1.96 / 64 / 20, 1.96 * 30 / 64 * math.sqrt(2) / 20
-    assert low < got["difference"] < high and (high - low) / 2 == pytest.approx(paired, rel=0.1) and high - low < unpaired / 5
+def test_the_numbers_of_a_comparison_by_hand(two_evaluations):
+    a, b, out = two_evaluations
+    evaluate.compare(a, b, out)
+    numbers = json.loads((out / "comparison.json").read_text())["results"]
+    assert numbers["x"]["a"] == pytest.approx(17 / 24)
+    assert numbers["x"]["difference"] == pytest.approx((17 - 11) / 24)
+    exclusive = {label: part["exclusive"] for label, part in numbers.items()}
+    assert exclusive == {
+        "x, level 1": [1, 0],
+        "x, level 2": [0, 2],
+        "x, level 3": [2, 0],
+        "x": [3, 2],
+    }
+    assert numbers["x, level 3"]["interval"] == [1.0, 1.0]
 
 
-def test_what_cannot_be_compared(tmp_path):
-    write_results(tmp_path / "a", [1, 2])
-    write_results(tmp_path / "b", [1, 2, 3])
-    write_results(tmp_path / "c", [1, 2], benchmark="other")
-    write_results(tmp_path / "empty", [])
-    write_results(tmp_path / "cut", [1, 2])
-    (tmp_path / "cut/results.jsonl").write_text((tmp_path / "cut/results.jsonl").read_text()[:-9])
-    for other, sentence in (("b", "held out is not the same problems"), ("c", "no benchmark in common"), ("none", "no results.jsonl"),
-                            ("empty", "results.jsonl is empty"), ("cut", "results.jsonl or results.json is broken")):
-        with pytest.raises(SystemExit, match=f"--compare.*{sentence}"):
-            tables.compare(str(tmp_path / "a"), str(tmp_path / other), str(tmp_path / "out"))
-    write_results(tmp_path / "d", [0, 0], file="held_out.jsonl", step=0)  # a training run: its last evaluation counts
-    write_results(tmp_path / "d", [4, 2], file="held_out.jsonl", step=9)
-    (tmp_path / "d/config.json").write_text(json.dumps({"flags": {"lr": 1, "steps": 9}}))
-    tables.compare(str(tmp_path / "d"), str(tmp_path / "a"), str(tmp_path / "out"))
+def test_the_table_of_a_comparison_by_hand(two_evaluations, capsys):
+    a, b, out = two_evaluations
+    evaluate.compare(a, b, out)
+    lines = (out / "comparison.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert [row[:5] for row in rows[2:]] == [
+        ["x, level 1", "2", "87.5", "62.5", "+25.0"],
+        ["x, level 2", "2", "25.0", "75.0", "-50.0"],
+        ["x, level 3", "2", "100.0", "0.0", "+100.0"],
+        ["x", "6", "70.8", "45.8", "+25.0"],
+    ]
+    assert [row[6] for row in rows[2:]] == ["+1/-0", "+0/-2", "+2/-0", "+3/-2"]
+    assert rows[4][5] == "[+100.0, +100.0]"
+    assert "\n".join(lines) in capsys.readouterr().out
+
+
+def test_a_comparison_draws_pass_at_k(two_evaluations):
+    a, b, out = two_evaluations
+    evaluate.compare(a, b, out)
+    assert (out / "pass.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_comparison_of_single_samples_draws_nothing(tmp_path, capsys):
+    a = write_evaluation(tmp_path / "a", [1, 0], samples=1)
+    evaluate.compare(a, a, tmp_path / "out")
+    assert not (tmp_path / "out/pass.png").exists()
+    assert "pass.png" not in capsys.readouterr().out
+
+
+def test_the_last_evaluation_of_a_training_run_is_compared(tmp_path):
+    a = write_evaluation(tmp_path / "a", [0, 0], file="held_out.jsonl", step=0)
+    write_evaluation(tmp_path / "a", [4, 2], file="held_out.jsonl", step=9)
+    b = write_evaluation(tmp_path / "b", [1, 2])
+    evaluate.compare(a, b, tmp_path / "out")
+    numbers = json.loads((tmp_path / "out/comparison.json").read_text())["results"]
+    assert numbers["held out"]["a"] == 6 / 8
     assert "- step: 9 in A, None in B\n" in (tmp_path / "out/comparison.md").read_text()
-    assert json.loads((tmp_path / "out/comparison.json").read_text())["results"]["held out"]["a"] == 6 / 8
 
 
-# ----------------------------------------------------------------------------------------------------- the real program
-
-def chain(folder):
-    """A Qwen2 whose next token depends on the last one alone: whatever is asked, it boxes a digit or one of four letters."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    tokenizer = toy.tokenizer()
-    after = {"\n": ["\\"], "\\": ["boxed"], "boxed": ["{"], "{": list("0123456789ABCD"), "}": ["<eos>"]} | dict.fromkeys("0123456789ABCD", ["}"])
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=16384, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
-    token = lambda text: tokenizer.encode(text)[0]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(parameter.ndim == 1)  # nothing but the norms' ones is left: no layer adds to the embedding
-        model.model.embed_tokens.weight[:, 63] = 1
-        for state, (text, following) in enumerate(after.items()):
-            model.model.embed_tokens.weight[token(text)] = torch.eye(64)[state]
-            for next_text in following:
-                model.lm_head.weight[token(next_text), state] = 3.0  # times 8, which the norm makes of a one
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def test_settings_that_differ_are_listed(tmp_path):
+    for name, temperature in (("a", 0.6), ("b", 1.0)):
+        write_evaluation(tmp_path / name, [1, 2])
+        settings = {"model": name, "temperature": temperature, "top_p": 0.95}
+        report.write_json(tmp_path / name / "results.json", {"settings": settings})
+    evaluate.compare(str(tmp_path / "a"), str(tmp_path / "b"), tmp_path / "out")
+    head = (tmp_path / "out/comparison.md").read_text().split("\n\n")[0]
+    assert head.splitlines()[2:] == ["- temperature: 0.6 in A, 1.0 in B"]
 
 
-@pytest.mark.skipif(not LOCAL.exists(), reason="needs the benchmarks' local copies")
-def test_the_paper_protocol_on_all_local_benchmarks(tmp_path):
-    """From start to table; of the answers one in 14 is right where it is a digit or a letter."""
-    done = subprocess.run([sys.executable, "evaluate.py", "--model", str(chain(tmp_path / "model")), "--paper", "--data", *map(str, sorted(LOCAL.glob("*.json"))),
-                           "--out", str(tmp_path / "out")], cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    written = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    problems = {name: (part["problems"], part["samples"]) for name, part in written.items() if name != "mean"}
-    assert sum(count for count, _ in problems.values()) == 1744
-    assert {name for name, (_, n) in problems.items() if n == 32} == {"aime24", "aime25", "amc23"} and {n for _, n in problems.values()} == {1, 32}
-    assert 0 < written["gpqa"]["avg@1"][0] < 0.2 and 0 < written["amc23"]["avg@32"][0] < 0.1
-    assert all(f"| {name}" in done.stdout for name in written)
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("longer", r"held out is not the same problems in .*a \(2 of them\) and in .*longer \(3\)"),
+        ("other", "no benchmark in common: .*a has held out; .*other has other"),
+        ("none", r"none: no results.jsonl \(of evaluate.py, finished\) and no held_out.jsonl"),
+        ("empty", "empty: results.jsonl is empty"),
+        ("cut", "results.jsonl:2 cannot be read"),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path, name, sentence):
+    a = write_evaluation(tmp_path / "a", [1, 2])
+    write_evaluation(tmp_path / "longer", [1, 2, 3])
+    write_evaluation(tmp_path / "other", [1, 2], benchmark="other")
+    write_evaluation(tmp_path / "empty", [])
+    write_evaluation(tmp_path / "cut", [1, 2])
+    path = tmp_path / "cut/results.jsonl"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
+        evaluate.compare(a, str(tmp_path / name), tmp_path / "out")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return toy.BASE
+# ------------------------------------------------------------------------ the real program and vLLM
 
 
-@pytest.fixture(scope="module")
-def problems(tmp_path_factory):
-    """Toy sums in two files, one with levels."""
-    folder, rows = tmp_path_factory.mktemp("problems"), toy.problems()[1]
-    (folder / "amc23.json").write_text(json.dumps([{"prompt": r["prompt"], "answer": r["answer"]} for r in rows[::4]]))
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1::2]))
-    return [folder / "amc23.json", folder / "mine.jsonl"]
+def command(model, files, out, ranks=1):
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    line = [*launcher, "evaluate.py", "--model", model, "--samples", 4]
+    line += ["--max-response-tokens", 112, "--data", *files, "--out", out]
+    return [str(word) for word in line]
 
 
-def command(model, problems, out, ranks=1):
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [str(x) for x in (sys.executable, *launcher, "evaluate.py", "--model", model, "--samples", 4, "--max-response-tokens", 112, "--data", *problems, "--out", out)]
-
-
-def run(*args, **more):
-    done = subprocess.run(command(*args, **more), cwd=HERE, capture_output=True, text=True, timeout=300)
+def run(line):
+    """Run a command; return what it printed."""
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def whole(model, problems, tmp_path_factory):
-    """An uninterrupted evaluation: (directory, what it printed)."""
+def files(tmp_path_factory):
+    """40 toy sums in two files, the second with levels."""
+    folder = tmp_path_factory.mktemp("sums")
+    rows = report.read_jsonl(TOY_SUMS)
+    without_level = [{"prompt": r["prompt"], "answer": r["answer"]} for r in rows[::12]]
+    (folder / "amc23.json").write_text(json.dumps(without_level))
+    report.append_jsonl(folder / "mine.jsonl", rows[1::8])
+    return [folder / "amc23.json", folder / "mine.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """An evaluation that was not interrupted: (directory, what it printed)."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    return out, run(model, problems, out)
+    return out, run(command(make.BASE, files, out))
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_what_an_evaluation_prints_and_writes(whole, problems):
-    out, printed = whole
-    assert (out / "table.md").read_text() in printed
-    above = printed.split("| benchmark")[0]
-    for setting in ("temperature: 0.6", "top_p: 0.95", "max_response_tokens: 112", "seed: 0", "weights: ", "amc23 48 problems", "4 samples each",
-                    "system_prompt: Please reason", "vllm 0.32.0", "math-verify 0.9.0", "device: "):
+def test_every_setting_stands_above_the_table(whole):
+    above = whole[1].split("| benchmark")[0]
+    for setting in (
+        "temperature: 0.6",
+        "top_p: 0.95",
+        "max_response_tokens: 112",
+        "seed: 0",
+        "weights: ",
+        "amc23 16 problems",
+        "4 samples each",
+        "system_prompt: Please reason",
+        "vllm 0.32.0",
+        "math-verify 0.9.0",
+        "device: ",
+    ):
         assert setting in above, setting
-    written = json.loads((out / "results.json").read_text())["results"]
-    assert set(written) == {"amc23", "mine", "mean"} and all(f"pass@{k}" in written["amc23"] for k in (1, 2, 3, 4)) and set(written["mine"]["levels"]) == set("123456")
-    rows = read(out / "results.jsonl")
-    by_name = {name: [r for r in rows if r["benchmark"] == name] for name in ("amc23", "mine")}
-    assert [len(part) for part in by_name.values()] == [48, 96]
-    assert written["amc23"]["avg@4"][0] == pytest.approx(sum(r["correct"] for r in by_name["amc23"]) / 48 / 4)
-    assert 0 < written["amc23"]["avg@4"][0] < written["amc23"]["pass@4"][0] < 1
-    generations = read(out / "generations.jsonl")
-    assert [(g["benchmark"], g["index"]) for g in generations] == [("amc23", i) for i in range(48)] + [("mine", i) for i in range(96)]
-    assert [sum(r["tokens"] for r in g["responses"]) for g in generations] == [sum(r["lengths"]) for r in rows]
-    answers = [row["answer"] for row in data.load_problems(problems[0]) + data.load_problems(problems[1])]
-    for g, r, answer in zip(generations, rows, answers):
-        assert sum(response["text"].endswith(f"\\boxed{{{answer}}}") for response in g["responses"]) == r["correct"]
-    assert not list(out.glob("*.part*"))
 
 
-def test_killed_in_the_middle_it_finishes_with_the_same_table(whole, model, problems, tmp_path):
+def test_the_numbers_follow_from_the_responses(whole, files):
+    """The written responses, graded by hand, give the written results."""
+    out, _ = whole
+    rows = report.read_jsonl(out / "results.jsonl")
+    assert [row["benchmark"] for row in rows] == ["amc23"] * 16 + ["mine"] * 24
+    generations = responses_in(out)
+    problems = data.load_problems(files[0]) + data.load_problems(files[1])
+    assert len(generations) == len(problems) == len(rows)
+    for i, (row, problem) in enumerate(zip(rows, problems, strict=True)):
+        index = i if row["benchmark"] == "amc23" else i - 16
+        responses = generations[row["benchmark"], index]
+        assert row["prompt"] == problem["prompt"]
+        assert row["lengths"] == [response["tokens"] for response in responses]
+        right = [r["text"].endswith(f"\\boxed{{{problem['answer']}}}") for r in responses]
+        assert row["correct"] == sum(right)
+
+
+def test_more_samples_solve_more_problems(whole):
+    numbers = json.loads((whole[0] / "results.json").read_text())["results"]
+    assert numbers.keys() == {"amc23", "mine", "mean"}
+    assert numbers["mine"]["levels"].keys() == set("123456")
+    assert 0 < numbers["amc23"]["avg@4"][0] < numbers["amc23"]["pass@4"][0] < 1
+
+
+def test_killed_and_continued_on_two_ranks_it_ends_with_the_same_table(whole, files, tmp_path):
     out = tmp_path / "out"
-    program = subprocess.Popen(command(model, problems, out), cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (parts := list(out.glob("*.part"))) or parts[0].read_text().count("\n") < 20:
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    program = subprocess.Popen(command(make.BASE, files, out), cwd=REPOSITORY, **silent)
+    path = out / "generations.0.jsonl"
+    while not path.exists() or path.read_text().count("\n") < 4:
         assert program.poll() is None
         time.sleep(0.01)
     os.kill(program.pid, signal.SIGKILL)
     program.wait()
-    text = parts[0].read_text()
-    kept = [json.loads(line) for line in text.split("\n")[:-1]]
-    assert 20 <= len(kept) < 144 and not (out / "table.md").exists()
-    lines = text.splitlines(keepends=True)  # two lines cut by a kill, one of them with a later run's line behind it
-    parts[0].write_text("".join(lines[:5]) + '{"benchmark": "mine", "ind' + "".join(lines[5:]) + '{"benchmark": "mine", "index": 3, "respon')
-    run(model, problems, out, ranks=2)
+    text = path.read_text()
+    kept = text.count("\n")
+    assert 4 <= kept < 40
+    assert not (out / "table.md").exists()
+    path.write_text(text + '{"benchmark": "mine", "index": 3, "respon')  # as a kill may leave it
+    run(command(make.BASE, files, out, ranks=2))
     for name in ("table.md", "results.jsonl"):
         assert (out / name).read_text() == (whole[0] / name).read_text()
-    assert {(g["benchmark"], g["index"]): g for g in read(out / "generations.jsonl")} == {(g["benchmark"], g["index"]): g for g in read(whole[0] / "generations.jsonl")}
+    assert responses_in(out) == responses_in(whole[0])
+    by_rank_1 = (out / "generations.1.jsonl").read_text().count("\n")
+    assert 0 < by_rank_1 < 40 - kept  # the two engines shared what was missing
 
 
-def test_what_is_there_is_not_sampled_again(whole, model, problems, tmp_path):
-    """Negative control of the test above: a generation that was changed stays so, and changes the table."""
-    out = tmp_path / "out"
-    out.mkdir()
-    lines = (whole[0] / "generations.jsonl").read_text().splitlines(keepends=True)
-    first = json.loads(lines[0])
-    first["responses"] = [{"text": "\\boxed{x}", "tokens": 7, "truncated": True}] * 4
-    (out / "generations.jsonl").write_text(json.dumps(first) + "\n" + "".join(lines[1:-5]))
-    (out / "settings.json").write_text((whole[0] / "settings.json").read_text())
-    run(model, problems, out)
-    assert read(out / "results.jsonl")[0]["lengths"] == [7] * 4 and read(out / "results.jsonl")[1:] == read(whole[0] / "results.jsonl")[1:]
-    assert (out / "table.md").read_text() != (whole[0] / "table.md").read_text()
+def chain(folder):
+    """A Qwen2 whose next token depends on the last one alone, saved in `folder`.
+
+    Whatever is asked, it boxes a digit or one of the letters A to D.
+    """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make.tokenizer()
+    choices = list("0123456789ABCD")
+    after = {"\n": ["\\"], "\\": ["boxed"], "boxed": ["{"], "{": choices, "}": ["<eos>"]}
+    after |= {choice: ["}"] for choice in choices}
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16384,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        # Only the weights of the norms remain, so that no layer adds to the embedding.
+        for parameter in model.parameters():
+            parameter.fill_(parameter.ndim == 1)
+        model.model.embed_tokens.weight[:, 63] = 1
+        for state, (text, following) in enumerate(after.items()):
+            token = tokenizer.encode(text)[0]
+            model.model.embed_tokens.weight[token] = torch.eye(64)[state]
+            for next_text in following:
+                # The norm turns the embedding's 1 into 8, so the logit is 24.
+                model.lm_head.weight[tokenizer.encode(next_text)[0], state] = 3.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def test_a_single_problem_has_no_standard_error(tmp_path, capsys):
-    result = {"prompt": "q", "level": None, "samples": 2, "correct": 1, "lengths": [3, 5], "truncated": 0}
-    tables.report(tmp_path, {}, {"x": [result], "y": [result]}, {"x": 0, "y": 0})
-    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))["results"]
-    assert written["x"]["avg@2"] == [0.5, None] and "50.0 ± nan" in capsys.readouterr().out
-
-
-def test_weights_that_are_not_numbers_are_no_score_of_0(problems, tmp_path):
+def test_weights_that_are_not_numbers_are_no_score_of_0(files, tmp_path):
     from safetensors.torch import load_file, save_file
+
     model = chain(tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][3] = math.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    done = subprocess.run(command(model, problems[:1], tmp_path / "out"), cwd=HERE, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1 and "error: the model's probabilities are not numbers (nan)" in done.stderr and "Traceback" not in done.stderr
+    line = command(model, files[:1], tmp_path / "out")
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "error: the model's probabilities are not numbers (nan)" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_a_directory_holds_one_evaluation(whole, model, problems, tmp_path):
-    def fails(sentence, *more):
-        done = subprocess.run([*command(model, problems, whole[0]), *map(str, more)], cwd=HERE, capture_output=True, text=True)
-        assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
-    table = (whole[0] / "table.md").read_text()
-    fails("holds an evaluation with another seed, 0, not 1", "--seed", 1)
-    fails("holds no evaluation", "--out", HERE / "toy_base")
-    (tmp_path / "settings.json").touch()
-    (tmp_path / "generations.jsonl").write_text((whole[0] / "generations.jsonl").read_text())  # of unknown settings
-    fails("settings.json is broken", "--out", tmp_path)
-    with open(whole[0] / "settings.json") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        fails("another evaluation is writing there")
-    assert (whole[0] / "table.md").read_text() == table
+@pytest.mark.skipif(not LOCAL_BENCHMARKS.exists(), reason="needs local copies of the benchmarks")
+def test_the_paper_protocol_on_local_benchmarks(tmp_path):
+    """From start to table. One answer in 14 is right where it is a digit or a letter."""
+    benchmarks = sorted(LOCAL_BENCHMARKS.glob("*.json"))
+    line = [sys.executable, "evaluate.py", "--model", chain(tmp_path / "model"), "--paper"]
+    line += ["--data", *benchmarks, "--out", tmp_path / "out"]
+    printed = run([str(word) for word in line])
+    numbers = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    mean = numbers.pop("mean")
+    assert len(mean["benchmarks"]) == 6
+    assert sum(part["problems"] for part in numbers.values()) == 1744
+    assert {name for name, part in numbers.items() if part["samples"] == 32} == {
+        "aime24",
+        "aime25",
+        "amc23",
+    }
+    assert {part["samples"] for part in numbers.values()} == {1, 32}
+    assert 0 < numbers["gpqa"]["avg@1"][0] < 0.2
+    assert 0 < numbers["amc23"]["avg@32"][0] < 0.1
+    assert all(f"| {name}" in printed for name in (*numbers, "mean of 6"))

@@ -1,0 +1,325 @@
+"""tools/compare.py: its tables on ready-made runs, its command lines, and one tiny real run."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from common import flags, report
+from tools import compare
+
+HELD_OUT = [("1+1", 1), ("11111+11111", 5), ("111111+111111", 6)]  # (prompt, level)
+
+
+def write_run(folder, evaluations, steps, number_of_steps=30):
+    """A finished run: evaluations is {step: right responses of 4, problem by problem}."""
+    (folder / "final").mkdir(parents=True)
+    (folder / "final/config.json").write_text("{}")
+    config = {"flags": {"steps": number_of_steps}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for step, correct in evaluations.items():
+        results = []
+        for (prompt, level), count in zip(HELD_OUT, correct, strict=True):
+            results.append({"prompt": prompt, "level": level, "samples": 4, "correct": count})
+        report.write_results(folder / "held_out.jsonl", results, step=step)
+    report.append_jsonl(folder / "metrics.jsonl", [{"step": 0, "eval/pass@1": 0.1}])
+    for step, metrics in enumerate(steps, 1):
+        report.append_jsonl(folder / "metrics.jsonl", [{"step": step} | metrics])
+
+
+def step(rollouts=0, demo_tokens=0, seconds=1.0, reward=0.0, **more):
+    """The metrics of a step that the comparison reads."""
+    return {
+        "data/rollouts": rollouts,
+        "data/demo_tokens": demo_tokens,
+        "time/step": seconds,
+        "reward/mean": reward,
+    } | more
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    """Three seeds of SFT, two of GRPO and HPT, one of SFT -> GRPO; longer sums, many samples."""
+    comparison = compare.Comparison(tmp_path, steps=30, samples=4)
+    base = (4, 0, 0)
+    runs = {
+        ("SFT", 0): ((4, 1, 0), (4, 2, 2), [step(demo_tokens=100, seconds=2)] * 2),
+        ("SFT", 1): ((4, 1, 0), (4, 2, 2), [step(demo_tokens=100, seconds=2)] * 2),
+        ("SFT", 2): ((4, 1, 0), (4, 2, 2), [step(demo_tokens=100, seconds=9)] * 2),
+        ("GRPO", 0): ((4, 0, 0), (4, 3, 0), [step(rollouts=10, seconds=5)] * 2),
+        ("GRPO", 1): ((4, 0, 0), (4, 0, 3), [step(rollouts=10, seconds=7)] * 2),
+        ("SFT -> GRPO", 0): ((4, 4, 0), (4, 4, 4), [step(rollouts=10, seconds=6)] * 2),
+        ("HPT", 0): ((4, 2, 2), (4, 4, 4), [step(rollouts=10, demo_tokens=7, seconds=5)] * 2),
+        ("HPT", 1): ((4, 2, 0), (0, 4, 4), [step(rollouts=10, demo_tokens=8, seconds=5)] * 2),
+    }
+    for (label, seed), (halfway, after, steps) in runs.items():
+        evaluations = {0: base, 15: halfway, 30: after}
+        write_run(comparison.directory(label, seed), evaluations, steps)
+    first = step(**{"hpt/sft_frac": 1.0})
+    longer = {
+        ("GRPO, longer sums", 0): ((0, 0, 0), [step(), step()]),
+        ("HPT, longer sums", 0): ((2, 2, 2), [first, step(reward=0.6, **{"hpt/sft_frac": 0.2})]),
+        ("HPT, longer sums", 1): ((2, 2, 2), [first, step(reward=0.8, **{"hpt/sft_frac": 0.4})]),
+    }
+    for (label, seed), (after, steps) in longer.items():
+        evaluations = {0: (0, 0, 0), 60: after}
+        write_run(comparison.directory(label, seed), evaluations, steps, number_of_steps=60)
+    for label, correct in (("base", 1), ("HPT", 4)):
+        results = [{"prompt": "q", "level": 5, "samples": 4, "correct": correct}]
+        comparison.pass_directory(label).mkdir()
+        report.write_results(comparison.pass_directory(label) / "results.jsonl", results)
+    return comparison
+
+
+def cells(text):
+    """The tables of a Markdown text: lists of rows, each row a list of cells."""
+    tables = []
+    for block in text.split("\n\n"):
+        lines = block.splitlines()
+        if lines[0].startswith("|"):
+            rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+            tables.append(rows[:1] + rows[2:])
+    return tables
+
+
+def test_the_main_table_by_hand(comparison):
+    table = cells(compare.write_report(comparison, seeds=3))[0]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    assert list(rows) == ["base", "SFT", "GRPO", "SFT -> GRPO", "HPT"]
+    assert rows["base"] == ["", "", "33.3", "0.0", "", "", ""]
+    assert rows["SFT"] == ["3", "41.7 ± 0.0", "66.7 ± 0.0", "50.0 ± 0.0", "0", "200", "4"]
+    assert rows["GRPO"] == ["2", "33.3 ± 0.0", "58.3 ± 0.0", "37.5 ± 0.0", "20", "0", "12"]
+    assert rows["HPT"] == ["2", "58.3 ± 11.8", "83.3 ± 23.6", "100.0 ± 0.0", "20", "15", "10"]
+
+
+def test_an_arm_with_a_parent_costs_both(comparison):
+    table = cells(compare.write_report(comparison, seeds=3))[0]
+    row = next(row for row in table if row[0] == "SFT -> GRPO")
+    assert row[5:] == ["20", "200", "16"]  # 4 seconds of SFT and 12 of GRPO
+
+
+def test_only_the_seeds_asked_for_are_reported(comparison):
+    table = cells(compare.write_report(comparison, seeds=1))[0]
+    assert {row[0]: row[1] for row in table[2:]}["HPT"] == "1"
+
+
+def test_pass_at_k_by_hand(comparison):
+    table = cells(compare.write_report(comparison, seeds=3))[1]
+    assert table == [
+        ["pass@k, levels 5-6, seed 0, %", "1", "2", "4"],
+        ["base", "25.0", "50.0", "100.0"],
+        ["HPT", "100.0", "100.0", "100.0"],
+    ]
+
+
+def test_longer_sums_have_a_table_of_their_own(comparison):
+    table = cells(compare.write_report(comparison, seeds=3))[2]
+    assert table[1:] == [
+        ["GRPO, longer sums", "1", "0.0", "0.0", "", "0.00"],
+        ["HPT, longer sums", "2", "0.0 ± 0.0", "50.0 ± 0.0", "0.30", "0.70"],
+    ]
+
+
+def test_the_base_is_that_of_the_runs_on_the_toys_own_sums(comparison):
+    longer = compare.read_run(comparison.directory("HPT, longer sums", 0), 0)
+    child = compare.read_run(comparison.directory("SFT -> GRPO", 0), 0)
+    assert compare.base_results({"SFT -> GRPO": [child], "HPT, longer sums": [longer]}) == []
+    assert compare.base_results({"SFT": [child], "HPT, longer sums": [longer]}) == child.before
+
+
+def test_exclusive_solves_are_counted_by_seed(comparison):
+    sentence = compare.write_report(comparison, seeds=3).splitlines()[-1]
+    assert sentence.startswith("Of 3 held-out problems, solved by HPT and not by GRPO")
+    assert "by seed: +1/-0, +1/-1; as a yardstick" in sentence
+    assert sentence.endswith("with the next seed, and the reverse: +1/-1")
+
+
+def test_the_report_is_written_with_its_figures(comparison):
+    text = compare.write_report(comparison, seeds=3)
+    assert (comparison.folder / "comparison.md").read_text() == text + "\n"
+    for name in ("comparison.png", "pass.png"):
+        assert (comparison.folder / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_a_finished_run_there_is_no_report(tmp_path):
+    with pytest.raises(SystemExit, match="error: no finished run in"):
+        compare.main(["--report", "--out", str(tmp_path)])
+
+
+# ---------------------------------------------------------------------------------- command lines
+
+
+def training_flags(comparison, label, seed=0):
+    """The flags of train_hpt.py that an arm's command line gives."""
+    command = [str(word) for word in comparison.training_command(label, seed)]
+    script = command.index(str(report.REPOSITORY / "train_hpt.py"))
+    return flags.parse_training_args(command[script + 1 :])
+
+
+@pytest.mark.parametrize("label", compare.ARMS)
+def test_every_arm_is_a_command_that_the_program_takes(tmp_path, label):
+    comparison = compare.Comparison(tmp_path, steps=30, samples=4)
+    args = training_flags(comparison, label, seed=2)
+    arm = compare.ARMS[label]
+    assert (args.method, args.gamma, args.seed) == (arm.method, arm.gamma, 2)
+    assert args.eval_every == 15
+    assert args.out == str(comparison.directory(label, 2))
+
+
+def test_arms_start_from_the_base_and_train_on_the_toy(tmp_path):
+    args = training_flags(compare.Comparison(tmp_path, steps=30, samples=4), "HPT")
+    assert Path(args.model).samefile(compare.make.BASE)
+    assert Path(args.data).samefile(report.REPOSITORY / "toy/train.jsonl")
+    assert (args.steps, args.lr) == (30, 1e-4)
+
+
+def test_an_arm_with_a_parent_starts_from_its_model_of_the_same_seed(tmp_path):
+    comparison = compare.Comparison(tmp_path, steps=30, samples=4)
+    args = training_flags(comparison, "SFT -> GRPO", seed=1)
+    assert args.model == str(comparison.directory("SFT", 1) / "final")
+
+
+def test_longer_sums_have_flags_of_their_own(tmp_path):
+    args = training_flags(compare.Comparison(tmp_path, steps=30, samples=4), "HPT, longer sums")
+    assert args.data == str(tmp_path / "longer.jsonl")
+    assert args.eval_data == str(tmp_path / "longer_held_out.jsonl")
+    assert (args.steps, args.lr, args.max_prompt_tokens) == (60, 5e-4, 24)
+
+
+def test_the_hard_problems_are_sampled_as_training_samples(tmp_path):
+    comparison = compare.Comparison(tmp_path, steps=30, samples=64)
+    command = [str(word) for word in comparison.sampling_command("HPT", "model")]
+    script = command.index(str(report.REPOSITORY / "evaluate.py"))
+    args = flags.parse_evaluation_args(command[script + 1 :])
+    assert (args.samples, args.temperature, args.top_p) == (64, 1.0, 1.0)
+    assert args.max_response_tokens == 112
+    assert args.data == [str(tmp_path / "hard_held_out.jsonl")]
+
+
+def test_directories_of_all_runs_differ(tmp_path):
+    comparison = compare.Comparison(tmp_path, steps=30, samples=4)
+    names = {comparison.directory(label, seed).name for label in compare.ARMS for seed in (0, 1)}
+    assert len(names) == 2 * len(compare.ARMS)
+    assert "sft-then-grpo-seed0" in names
+    assert "hpt-gamma-1_8-seed1" in names
+
+
+def test_the_problems_of_the_comparison(tmp_path):
+    compare.Comparison(tmp_path, steps=30, samples=4).write_problems()
+    hard = report.read_jsonl(tmp_path / "hard_held_out.jsonl")
+    shipped = report.read_jsonl(report.REPOSITORY / "toy/held_out.jsonl")
+    assert hard == [row for row in shipped if row["level"] in (5, 6)]
+    assert len(report.read_jsonl(tmp_path / "longer.jsonl")) == 500
+    assert {row["level"] for row in report.read_jsonl(tmp_path / "longer_held_out.jsonl")} == {7}
+
+
+def test_an_arm_needs_its_parent(capsys):
+    with pytest.raises(SystemExit):
+        compare.parse_args(["--only", "SFT -> GRPO"])
+    assert "--only also needs SFT, whose final model SFT -> GRPO starts" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- what is running
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that the comparison would run; each leaves what a finished run leaves."""
+    done = []
+
+    def call(command, log):
+        words = [str(word) for word in command]
+        done.append(words)
+        out = Path(words[words.index("--out") + 1])
+        if "--method" in words:
+            write_run(out, {0: (1, 1, 1), 30: (2, 2, 2)}, [step(rollouts=1)])
+        else:
+            out.mkdir()
+            report.write_results(out / "results.jsonl", [{"samples": 4, "correct": 1}])
+
+    monkeypatch.setattr(compare, "call", call)
+    return done
+
+
+def names(commands):
+    return [Path(words[words.index("--out") + 1]).name for words in commands]
+
+
+FLAGS = ["--only", "SFT -> GRPO", "SFT", "HPT, gamma 1/8", "--seeds", "2", "--jobs", "1", "--out"]
+
+
+def test_parents_run_first_and_seed_0_of_the_main_arms_is_sampled(commands, tmp_path):
+    compare.main([*FLAGS, str(tmp_path)])
+    assert names(commands) == [
+        "base-seed0.pass",
+        "sft-seed0",
+        "sft-seed0.pass",
+        "hpt-gamma-1_8-seed0",
+        "sft-seed1",
+        "hpt-gamma-1_8-seed1",
+        "sft-then-grpo-seed0",
+        "sft-then-grpo-seed0.pass",
+        "sft-then-grpo-seed1",
+    ]
+
+
+def test_only_seed_0_of_a_main_arm_is_sampled_for_pass_at_k(commands, tmp_path):
+    compare.Comparison(tmp_path, steps=30, samples=4).run(("SFT", 1))
+    assert names(commands) == ["sft-seed1"]
+
+
+def test_finished_runs_are_kept(commands, tmp_path, capsys):
+    compare.main([*FLAGS, str(tmp_path)])
+    commands.clear()
+    capsys.readouterr()
+    compare.main([*FLAGS, str(tmp_path)])
+    assert commands == []
+    assert capsys.readouterr().out.count("(was there)") == 6
+
+
+def test_a_run_that_was_stopped_starts_anew_and_is_kept_aside(commands, tmp_path):
+    compare.main([*FLAGS, str(tmp_path)])
+    commands.clear()
+    (tmp_path / "sft-seed1/final/config.json").unlink()
+    compare.main([*FLAGS, str(tmp_path)])
+    assert names(commands) == ["sft-seed1"]
+    assert len(list(tmp_path.glob("sft-seed1.stopped*/metrics.jsonl"))) == 1
+
+
+def test_runs_of_another_length_are_refused(commands, tmp_path):
+    compare.main([*FLAGS, str(tmp_path)])
+    with pytest.raises(SystemExit, match="sft-seed0 took 30 steps, not 40: name another --out"):
+        compare.main([*FLAGS, str(tmp_path), "--steps", "40"])
+
+
+def test_report_trains_nothing(commands, tmp_path):
+    compare.main([*FLAGS, str(tmp_path)])
+    commands.clear()
+    (tmp_path / "sft-seed1/final/config.json").unlink()
+    compare.main([*FLAGS, str(tmp_path), "--report"])
+    assert commands == []
+
+
+def test_a_run_that_fails_names_its_log(tmp_path):
+    log = tmp_path / "x.log"
+    with pytest.raises(SystemExit, match=r"error: a run failed, its output is in .*x.log"):
+        compare.call([compare.sys.executable, "-c", "print(7); exit(1)"], log)
+    assert log.read_text().splitlines()[-1] == "7"
+
+
+def test_a_tiny_comparison_with_the_real_programs(tmp_path):
+    """One arm that is not a main one, for one step: two engines are started."""
+    command = [compare.sys.executable, "-m", "tools.compare", "--only", "HPT, gamma 1/8"]
+    command += ["--seeds", "1", "--steps", "1", "--samples", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=report.REPOSITORY, capture_output=True, text=True)
+    logs = "".join(path.read_text()[-3000:] for path in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stderr[-2000:] + logs
+    table = (tmp_path / "comparison.md").read_text()
+    assert table in done.stdout + "\n"
+    rows = cells(table)[0]
+    assert [row[0] for row in rows] == ["method", "base", "HPT, gamma 1/8"]
+    assert rows[2][5] == "256"  # 32 prompts x 8 rollouts
+    assert 15 < float(rows[1][3]) < 35  # the base's accuracy, 25%
+    config = json.loads((tmp_path / "hpt-gamma-1_8-seed0/config.json").read_text())
+    assert config["flags"]["gamma"] == 1 / 8
