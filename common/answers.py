@@ -161,11 +161,11 @@ def _is_set(found):
 
 def _equal_collections(given, wanted):
     """Lists and sets. Their order says nothing, unless it says which value has which name."""
+    if isinstance(given, Joined) or isinstance(wanted, Joined):
+        return _equal_unions(given, wanted)
     sides = []
     for found in (given, wanted):
-        if isinstance(found, Joined | Matrix) or (isinstance(found, Group) and not _is_set(found)):
-            return isinstance(found, Joined) and _equal_unions(given, wanted)
-        items = found.items if isinstance(found, Many | Group) else [found]
+        items = found.items if isinstance(found, Many) or _is_set(found) else [found]
         if _is_set(found):  # a set holds nothing twice
             items = [x for i, x in enumerate(items) if not any(equal(x, y) for y in items[:i])]
         sides.append(items)
@@ -256,20 +256,37 @@ def _is_rounded(a, b, places):
 
 def _differ_somewhere(a, b):
     """Whether two expressions have different values for some random values of their symbols."""
-    dice = random.Random(0)
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    symbols = a.free_symbols | b.free_symbols
     zero = 1e-30 if symbols else 1e-60  # what is called 0, given 50 digits
-    for low in (1, 1, -4):
-        point = {symbol: sympy.Float(dice.uniform(low, 4), 50) for symbol in symbols}
-        x, y = (expression.xreplace(point).evalf(50) for expression in (a, b))
-        if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
+    for point in _points(symbols):
+        x, y = (_at(expression, point) for expression in (a, b))
+        if x is None or y is None:
             continue
         largest = max(abs(x), abs(y))
         if largest > zero and abs(x - y) > 1e-15 * largest:
             return True
-        if not symbols:
-            break
     return False
+
+
+def _is_no_constant(expression):
+    """Whether an expression has different values for different values of its symbols."""
+    values = [_at(expression, point) for point in _points(expression.free_symbols)]
+    values = [value for value in values if value is not None]
+    return any(abs(value - values[0]) > 1e-15 * abs(values[0]) for value in values[1:])
+
+
+def _points(symbols):
+    """Three random values for each symbol: two positive ones, and one of any sign."""
+    dice = random.Random(0)
+    ordered = sorted(symbols, key=str)
+    for low in (1, 1, -4) if symbols else (1,):
+        yield {symbol: sympy.Float(dice.uniform(low, 4), 50) for symbol in ordered}
+
+
+def _at(expression, point):
+    """The value of an expression at a point, with 50 digits, or None where it has none."""
+    value = expression.xreplace(point).evalf(50)
+    return value if value.is_number and value.is_finite else None
 
 
 def _proved_equal(a, b):
@@ -277,6 +294,8 @@ def _proved_equal(a, b):
     from math_verify import verify
 
     logging.disable()  # it warns, each time, that its own timeouts are off
+    if (a - b).has(sympy.factorial, sympy.binomial):
+        a, b = sympy.combsimp(a), sympy.combsimp(b)
     return verify(b, a, timeout_seconds=None)
 
 
@@ -294,7 +313,9 @@ def _equal_relations(given, wanted):
         return _any_equal([given], other[1])
     if isinstance(given, Relation) and not isinstance(wanted, Relation) and not own:
         values = _values(given.sides, given.signs)
-        if values:
+        if not values and _is_quantity(given.sides[0]) and _is_number(wanted):
+            values = _values(given.sides[1:], given.signs[1:])
+        if values and given.signs[0] in EQUATION_SIGNS:
             return _any_equal(values, [wanted])
     ranges = _interval(given), _interval(wanted)
     if all(ranges):
@@ -328,24 +349,43 @@ def _values(sides, signs):
     if not set(signs) <= EQUATION_SIGNS or any(side is None for side in sides):
         return []
     for previous, sign, side in zip(sides, signs, sides[1:]):
-        if not (equal(previous, side) or (sign == "\\approx" and _are_close(previous, side))):
+        rounded = sign == "\\approx" and _is_approximation(previous, side)
+        if not rounded and not equal(previous, side):
             return []
     return sides
 
 
-def _are_close(a, b):
-    """Whether two values may be called approximately equal."""
-    if not (isinstance(a, Value) and isinstance(b, Value)):
+def _is_approximation(exact, decimal):
+    r"""Whether a decimal is an exact value rounded, as in 14/3 \approx 4.67."""
+    if not (isinstance(exact, Value) and isinstance(decimal, Value)):
         return False
-    a, b = a.expression.evalf(), b.expression.evalf()
-    return bool(a.is_Float and b.is_Float and abs(a - b) <= 0.01 * abs(a))
+    if exact.places is not None or not decimal.places or decimal.places < 1:
+        return False
+    difference = (exact.expression - decimal.expression).evalf(30)
+    return bool(difference.is_real and abs(difference) <= 0.5 * 10.0**-decimal.places)
 
 
 def _is_name(found):
-    if isinstance(found, Value):
-        is_symbol = found.expression.is_Symbol and found.expression != INFINITY
-        return is_symbol and not found.unit
-    return isinstance(found, Text)
+    """Whether this is a symbol, a word or a tuple of symbols. A derivative is no name: y' = 3y."""
+    if isinstance(found, Group):
+        return found.opening == "(" and all(map(_is_name, found.items))
+    if not isinstance(found, Value) or found.unit or not found.expression.is_Symbol:
+        return isinstance(found, Text)
+    name = str(found.expression)
+    marks = ("'", "/", "\\dot", "\\ddot")
+    is_derivative = not name.endswith(")") and any(mark in name for mark in marks)
+    return found.expression != INFINITY and not is_derivative
+
+
+def _is_quantity(found):
+    """Whether this is an expression in symbols alone, as a + b, whose value an answer may be."""
+    if not isinstance(found, Value) or found.unit or not found.expression.free_symbols:
+        return False
+    return found.expression.atoms(sympy.Number) <= {sympy.S.NegativeOne, sympy.S.Half}
+
+
+def _is_number(found):
+    return isinstance(found, Value) and not found.expression.free_symbols
 
 
 def _name(found):
@@ -355,6 +395,8 @@ def _name(found):
 
 
 def _written(name):
+    if isinstance(name, Group):
+        return ",".join(map(_written, name.items))
     return name.text if isinstance(name, Text) else str(name.expression)
 
 
@@ -409,6 +451,8 @@ def _equal_chains(given, wanted):
             return False
         differences.append(left.expression - right.expression)
     if any(difference.is_number for difference in differences):
+        return False
+    if _is_no_constant(differences[0] / differences[1]):
         return False
     ratio = sympy.simplify(differences[0] / differences[1])
     return bool(

@@ -150,7 +150,8 @@ SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉"
 SILENT = _commands(  # commands that change only how a text looks
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle "
     "scriptstyle limits quad qquad enspace thinspace it bf rm sf tt bfseries itshape large Large "
-    "normalsize small centering boldmath nonumber allowbreak nobreak hfill"
+    "LARGE huge Huge normalsize small footnotesize scriptsize tiny centering boldmath nonumber "
+    "allowbreak nobreak hfill"
 )
 STYLES = _commands(  # commands whose argument stays what it is
     "mathbf mathit mathsf mathtt mathcal mathscr mathfrak mathnormal mathop mathrel mathord "
@@ -158,7 +159,7 @@ STYLES = _commands(  # commands whose argument stays what it is
 )
 UPRIGHT = _commands(  # commands whose argument is words, or upright letters
     "text textbf textit textrm textsf texttt textnormal textup textmd textsc mbox hbox mathrm "
-    "operatorname operatorname*"
+    "operatorname operatorname* textsuperscript"
 )
 COLOURS = _commands("textcolor color colorbox")
 ENVIRONMENTS = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"}
@@ -169,6 +170,7 @@ SEPARATORS = {",", ";", "and", "or"}
 CLOSING = {"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle"}
 BRACKETS = CLOSING.keys() | CLOSING.values() | {"{", "}"}
 
+CURRENCIES = {"\\$": "$", "€": "EUR", "£": "GBP"}
 SCALES = {  # words that multiply
     "hundred": 100,
     "thousand": 1000,
@@ -278,7 +280,7 @@ TOKEN = re.compile(
   | (?P<row>      \\\\ (?: \s*\[ [\d.]+ \w\w \] )? )          # a new row of a matrix, with its gap
   | (?P<command>  \\ (?: [A-Za-z]+ \*? ) )
   | (?P<escaped>  \\ [^A-Za-z] )                              # \{ \} \% \$ \|
-  | (?P<number>   \d+ (?:\.\d*)? | \.\d+ )
+  | (?P<number>   [0-9]+ (?:\.[0-9]*)? | \.[0-9]+ )
   | (?P<letters>  [A-Za-z]+ )
   | (?P<mark>     \*\* | <= | >= | != | == | . )
     """,
@@ -297,12 +299,12 @@ SCIENTIFIC = re.compile(
 THOUSANDS = re.compile(
     r"""
     (?<! [\d.,_^] ) (?<! \\frac ) (?<! \\sqrt )
-    \d{1,3} (?: (?: \{,\} | ,\\! | \\[,;:!\ ] | ~ | [ ] ) \s* \d{3} )+
+    [1-9]\d{0,2} (?: (?: \{,\} | ,\\! | \\[,;:!\ ] | ~ | [ ] ) \s* \d{3} )+
     (?! \d )
     """,
     re.VERBOSE,
 )
-PLAIN_THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+PLAIN_THOUSANDS = re.compile(r"(?<![\d.,_^])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 OPENING_BRACKETS = re.compile(r"\\left|\\\{|\\lbrace|\\langle|\\begin\{|[(\[]")
 
 
@@ -311,10 +313,17 @@ def clean(text):
     text = "".join(UNICODE.get(character, character) for character in text)
     text = _lower_and_upper(text)
     text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text).strip()  # \( and \[ begin a formula
-    for fence in ("**", "__", "`"):  # Markdown around the whole answer; x**2 + y**2 has none
+    for fence in (
+        "**",
+        "__",
+        "`",
+        "*",
+        '"',
+    ):  # Markdown around the whole
         inside = text[len(fence) : -len(fence)]
         if text.startswith(fence) and text.endswith(fence) and inside and fence not in inside:
             text = inside
+    text = re.sub(r"\^\s*\{\s*(\\rm\s*)?(st|nd|rd|th)\s*\}", r"^{\\text{th}}", text)  # 12^{th}
     text = re.sub(r"(?<!\\)\$", " ", text)  # $ around formulas; \$ is a currency
     text = re.sub(r"\\[a-z]?space\*?\{[^{}]*\}|\\phantom\{[^{}]*\}|\\hfill", " ", text)
     text = re.sub(r"\bnp\.(?=[a-z])", "", text)  # np.arcsin(10/13), in Minerva
@@ -323,7 +332,7 @@ def clean(text):
     if not OPENING_BRACKETS.search(text):  # in brackets a comma separates
         text = PLAIN_THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
     text = SCIENTIFIC.sub(r"\g<before>\g<digits>\\times 10^{\g<power>}", text)
-    return text.strip().rstrip(" \n\t.,;:")
+    return text.strip().removesuffix("\\\\").rstrip(" \n\t.,;:")
 
 
 def _lower_and_upper(text):
@@ -403,7 +412,7 @@ def _upright_letters(letters, command, spaced):
     name = ALIASES.get("\\" + letters, "\\" + letters)
     if command in ("\\operatorname", "\\mathrm") and name in FUNCTIONS.keys() | OPAQUE_FUNCTIONS:
         return Token("command", name, spaced)
-    if command in ("\\mathrm", "\\text") and letters in ("i", "e", "d"):
+    if letters in ("i", "e", "d"):  # the imaginary unit, Euler's number, a differential
         return Token("letter", letters, spaced)
     return Token("word", letters, spaced)
 
@@ -416,6 +425,8 @@ def _letters(run, before, following, spaced):
     ends = not following or following in " \n\t.,;:=<>)!?~"
     if run in ("and", "or") and not glued:
         return [Token("mark", run)]
+    if run in ("sec", "min") and ends and last and last.kind == "number":
+        return [Token("word", run, spaced)]  # 5 sec
     if name in PLAIN_NAMES:
         return [Token("command", name, spaced)]
     if last and last.kind == "number" and ends and run in ("st", "nd", "rd", "th"):
@@ -582,8 +593,8 @@ class Reader:
         """Relations, separated."""
         items, words = [self.relation()], set()
         while self.peek() in SEPARATORS and self.kind() != "word":
-            while word := self.accept(*SEPARATORS):  # `, and`
-                words.add(word)
+            words.add(self.accept(",", ";"))
+            words.add(self.accept("and", "or"))  # perhaps after a comma
             items.append(self.relation())
         if len(items) == 1:
             return items[0]
@@ -663,7 +674,7 @@ class Reader:
         """The unit of a currency's sign before a value, after a minus perhaps."""
         place = self.at + (self.peek() in ("-", "+"))
         sign = self.tokens[place].text if place < len(self.tokens) else ""
-        unit = {"\\$": "$", "€": "eur", "£": "gbp"}.get(sign)
+        unit = CURRENCIES.get(sign)
         if unit:
             del self.tokens[place]
         return ((unit, 1),) if unit else ()
@@ -672,8 +683,8 @@ class Reader:
         """The words after a value, each with its power, as (("cm", 2),)."""
         words, sign, power = [], 1, 1
         while True:
-            if self.accept("%"):
-                words.append(["%", 1])
+            if sign_of_unit := self.accept("%", *CURRENCIES):
+                words.append([CURRENCIES.get(sign_of_unit, "%"), 1])
             elif self.kind() == "word" or self.is_ordinal():
                 self.accept("^")
                 braced = self.accept("{")
@@ -738,15 +749,18 @@ class Reader:
                 total, divided = _number(total) / self.signed_power(), True
             elif not self.starts_power():
                 return total
-            elif divided or (self.kind() == "number" and not self.is_separate_power()):
+            elif divided or self.is_beside_a_number():
                 raise NotUnderstood("numbers side by side, or 1/2x")
             else:
                 total = _number(total) * _number(self.power())
 
-    def is_separate_power(self):
-        """Whether a number is a factor after something else than a number, as in n 2^n."""
-        token, before = self.tokens[self.at], self.tokens[self.at - 1]
-        return token.spaced and before.kind != "number" and self.peek(1) == "^"
+    def is_beside_a_number(self):
+        """Whether a number comes that could be more digits, as in 5 3 and 5{3}; not in n 2^n."""
+        before = self.tokens[self.at - 1].kind
+        if self.peek() == "{":
+            return before == self.kind(1) == "number"
+        separate = before != "number" and self.tokens[self.at].spaced and self.peek(1) == "^"
+        return self.kind() == "number" and not separate
 
     def signed_power(self):
         """The right side of an operator, which may have a minus."""
@@ -791,6 +805,8 @@ class Reader:
     def exponent(self):
         """What stands after ^: braces, a parenthesis, or one atom with a sign."""
         if self.accept("{"):
+            if self.peek() == "(" and self.peek(2) + self.peek(3) == ")}":
+                raise NotUnderstood("y^{(4)} is a derivative")
             value = _number(self.sum())
             self.expect("}")
             return value
@@ -1100,6 +1116,8 @@ class Reader:
             raise NotUnderstood("brackets that do not match")
         if len(items) == 1 and opening in "([" and isinstance(items[0], sympy.Expr | Matrix):
             return items[0]
+        if len(items) == 1 and isinstance(items[0], Value) and items[0].unit == (("°", 1),):
+            return items[0].expression * DEGREE
         items = [_value(item) if isinstance(item, sympy.Expr) else item for item in items]
         if opening == "\\{":
             items = _flattened(items)
@@ -1217,7 +1235,7 @@ def _decimals(tokens):
 
 def _unit_name(word):
     """The unit of that name, singular or plural; a word that is no unit stays as it is."""
-    small = word.lower()
+    small = word.lower() if word[1:].islower() or len(word) > 4 else word  # MHz is not mHz
     for name in (word, small, small.removesuffix("s"), small.removesuffix("es")):
         if name in UNITS and (name == word or len(word) > 2):
             return UNITS[name]
