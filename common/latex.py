@@ -659,8 +659,8 @@ class Reader:
             digits += self.peek()
             self.at += 1
         closed = not bracketed or self.accept(")")
-        is_number = any(character.isdigit() for character in digits)
-        if is_number and closed and self.accept("_") and (base := self.base()):
+        base = self.base() if digits and closed and self.accept("_") else None
+        if base and _is_written_in(digits, base):
             return Based(digits.lstrip("0") or "0", base)
         self.at = start
         return None
@@ -668,7 +668,7 @@ class Reader:
     def base(self):
         """The subscript that names a base, or None."""
         text = self.argument_text().strip("()")
-        return int(text) if text.isdigit() and len(text) < 4 else BASES.get(text)
+        return int(text) if text.isdigit() and len(text) < 3 else BASES.get(text)
 
     def currency(self):
         """The unit of a currency's sign before a value, after a minus perhaps."""
@@ -1161,6 +1161,12 @@ def _value(expression, currency=(), unit=(), places=None):
     if expression.has(SIGN):
         return Many([Value(expression.subs(SIGN, sign), unit) for sign in (1, -1)], True)
     return Value(expression, unit, places)
+
+
+def _is_written_in(digits, base):
+    """Whether `digits` can be a number in a base; C_1 and E_{12} are names."""
+    values = [int(digit, 16) if digit.isalnum() else 99 for digit in digits]
+    return max(values) < base and any(digit.isdigit() for digit in digits)
 
 
 def _is_differential(tokens):
