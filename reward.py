@@ -281,9 +281,9 @@ def _load(name):
     """The function of that name. A math-verify that does not work would score 0 everywhere."""
     module, _, function = name.partition(":")
     score = getattr(importlib.import_module(module), function)
-    if name == GRADE and score("\\boxed{(x+1)^2}", "x^2+2x+1") != 1.0:
+    if name == GRADE and score("\\boxed{\\sin^2 x+\\cos^2 x}", "1") != 1.0:
         raise ImportError(
-            "math-verify does not work, (x+1)^2 is not x^2+2x+1 by it; install requirements.txt "
+            "math-verify does not work, sin^2 x + cos^2 x is not 1 by it; install requirements.txt "
             "or requirements-cpu.txt again"
         )
     return score

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import resource
 import signal
 import subprocess
@@ -477,7 +476,7 @@ def test_a_math_verify_that_does_not_work_is_no_reward_of_0(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="cannot be loaded: ImportError: broken"):
         Verifier(workers=1)
     (tmp_path / "math_verify.py").write_text("def verify(*args, **kwargs):\n    return False\n")
-    with pytest.raises(SystemExit, match=re.escape("math-verify does not work, (x+1)^2 is not")):
+    with pytest.raises(SystemExit, match="math-verify does not work"):
         Verifier(workers=1)
 
 
