@@ -272,7 +272,7 @@ HOSTILE = {
     "product": r"\boxed{\prod_{i=1}^{10000000} i}",
     "binomial": r"\boxed{\binom{1000000000}{500000000}}",
     "expansion": r"\boxed{(x+y+z+a+b+c)^{90000}}",
-    "tower of roots": r"\boxed{" + r"\sqrt{2+" * 150 + "x" + "}" * 150 + "}",
+    "tower of roots": r"\boxed{" + r"\sqrt{2+" * 50 + "x" + "}" * 50 + "}",
     "nested braces": "\\boxed{" + "{" * 100_000 + "}" * 100_000 + "}",
     "unclosed braces": "\\boxed{" + "{" * 100_000,
     "a thousand braces": "\\boxed{" + "{" * 900 + "1" + "}" * 900 + "}",
@@ -304,6 +304,7 @@ def test_hostile_answers_cost_their_deadline_and_nobody_notices():
             right = 1.0 if reference == "3" else 0.0
             scores = quick.score(responses, [reference] * len(responses))
             assert scores == [0.0, right] * len(HOSTILE)
+        assert quick.timeouts <= 3  # too large powers and factorials are refused, not computed
         assert time.monotonic() - started < 2.0 * quick.timeouts + 20
         assert sorted(children().values()) == processes and len(processes) >= 2
         assert resident() - memory < 30e6
