@@ -1,19 +1,43 @@
-"""The estimator against losses written out by hand, in float64; the trainer's gradient against itself, split otherwise.
+"""upge.py against losses written out by hand, and the trainer's gradient against the same losses.
 
-Every identity stands beside a negative control: a wrong formula that the same comparison must reject.
+All is computed in float64. Every identity stands beside a negative control: a wrong formula that
+the same comparison must reject.
 """
+
 import doctest
+import functools
 import math
 import os
-import socket
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 import upge
-from upge import PI_OLD, TABLE, clip_mask, gae, hpt_gate, smooth_gate, upge_loss
+from common import distributed, flags, probe
+from common.metrics import Counts
+from common.model import Critic, Policy
+from rollout import Rollout
+from train_hpt import (
+    Prompt,
+    Sequence,
+    accumulate_critic_gradient,
+    accumulate_gradient,
+    build_micro_batches,
+    build_sequences,
+    collate,
+    old_policy_pass,
+    plan_micro_batches,
+)
+from upge import METHODS, PI_OLD, TABLE, clip_mask, gae, hpt_gate, smooth_gate, upge_loss
 
 N, G, T, L_MAX, g = 3, 4, 9, 16, 0.1  # prompts, rollouts of each, longest, constant, LUFFY's g
 B = N * G
@@ -23,7 +47,7 @@ ENTROPY = torch.rand(B, T, dtype=torch.double, generator=torch.Generator().manua
 
 @pytest.fixture
 def batch():
-    """A ragged off-policy batch with pi_theta/pi_old from 0.4 to 1.8 and rewards that differ within groups."""
+    """A ragged off-policy batch: pi_theta/pi_old from 0.4 to 1.8, groups with both rewards."""
     torch.manual_seed(0)
     lengths = torch.tensor([9, 1, 4, 7, 2, 9, 3, 5, 8, 6, 1, 4])
     valid = torch.arange(T) < lengths[:, None]
@@ -46,11 +70,13 @@ def row_gradient(name, batch, A=None, normaliser=None, **changes):
     row = TABLE[name]._replace(**changes)
     weight = (normaliser or row.normaliser)(lengths, GROUP, N, L_MAX)[:, None]
     A = advantages(name, rewards) if A is None else A
-    return torch.autograd.grad(upge_loss(row, logp, valid, A, weight, old, entropy=ENTROPY)[0], logp)[0]
+    return torch.autograd.grad(
+        upge_loss(row, logp, valid, A, weight, old, entropy=ENTROPY)[0], logp
+    )[0]
 
 
 def direct_gradient(name, batch, A=None):
-    """Gradient of the loss as the method's own paper writes it, token by token, sequence by sequence, (B, T)."""
+    """Gradient (B, T) of the loss as the method's own paper writes it, sequence by sequence."""
     logp, old, valid, lengths, rewards = batch
     A = (advantages(name, rewards) if A is None else A).expand(B, T)
     lo, hi = TABLE[name].eps
@@ -64,23 +90,26 @@ def direct_gradient(name, batch, A=None):
         R = rewards[int(GROUP[i])]
         mine = R[i % G]
         group_tokens = lengths[GROUP == GROUP[i]].sum()
-        total = total + {
-            "sft": lambda: x.mean() / (N * G),
-            "reinforce": lambda: (a * x).mean() / (N * G),
-            "dft": lambda: x.exp().mean() / (N * G),  # the token's loss -log pi times sg(pi)
-            "rloo": lambda: ((mine - (R.sum() - mine) / (G - 1)) * x).sum() / (N * G * L_MAX),
-            "ppo": lambda: clipped.sum() / lengths.sum(),
-            "dapo": lambda: clipped.sum() / lengths.sum(),
-            "luffy": lambda: (r * (mine - R.mean())).sum() / (N * G * L_MAX),
-            "srft": lambda: ((0.1 * h.exp() if mine == 1 else -1) * x).sum() / (N * G * L_MAX),
-            "srft_sft": lambda: 0.5 * (-h).exp() * x.sum() / (N * G * L_MAX),
-            "grpo": lambda: clipped.mean() / (N * G),
-            "dr_grpo": lambda: clipped.sum() / (N * G * L_MAX),
-            "cispo": lambda: (r.clamp(max=1 + hi).detach() * a * x).sum() / (N * group_tokens),
-            "gspo": lambda: torch.minimum(s * a[0], s.clamp(1 - lo, 1 + hi) * a[0]) / (N * G),
-            "srft_demo": lambda: (a * x.exp()).sum() / (N * G * L_MAX),
-            "luffy_demo": lambda: (a * x.exp() / (x.exp() + g)).sum() / (N * G * L_MAX),
-        }[name]()
+        total = (
+            total
+            + {
+                "sft": lambda: x.mean() / (N * G),
+                "reinforce": lambda: (a * x).mean() / (N * G),
+                "dft": lambda: x.exp().mean() / (N * G),  # the token's loss -log pi times sg(pi)
+                "rloo": lambda: ((mine - (R.sum() - mine) / (G - 1)) * x).sum() / (N * G * L_MAX),
+                "ppo": lambda: clipped.sum() / lengths.sum(),
+                "dapo": lambda: clipped.sum() / lengths.sum(),
+                "luffy": lambda: (r * (mine - R.mean())).sum() / (N * G * L_MAX),
+                "srft": lambda: ((0.1 * h.exp() if mine == 1 else -1) * x).sum() / (N * G * L_MAX),
+                "srft_sft": lambda: 0.5 * (-h).exp() * x.sum() / (N * G * L_MAX),
+                "grpo": lambda: clipped.mean() / (N * G),
+                "dr_grpo": lambda: clipped.sum() / (N * G * L_MAX),
+                "cispo": lambda: (r.clamp(max=1 + hi).detach() * a * x).sum() / (N * group_tokens),
+                "gspo": lambda: torch.minimum(s * a[0], s.clamp(1 - lo, 1 + hi) * a[0]) / (N * G),
+                "srft_demo": lambda: (a * x.exp()).sum() / (N * G * L_MAX),
+                "luffy_demo": lambda: (a * x.exp() / (x.exp() + g)).sum() / (N * G * L_MAX),
+            }[name]()
+        )
     return torch.autograd.grad(-total, logp)[0]
 
 
@@ -89,7 +118,8 @@ def error(got, wanted):
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
-# ------------------------------------------------------------------------------------------------------ the identities
+# ----------------------------------------------------------------------------------- the identities
+
 
 @pytest.mark.parametrize("name", TABLE)
 def test_row_is_its_directly_written_loss_and_no_other(name, batch):
@@ -107,13 +137,24 @@ def test_packed_is_padded(name, batch):
     weight = row.normaliser(lengths, GROUP, N, L_MAX)[:, None].expand(B, T)
     seq = torch.arange(B)[:, None].expand(B, T)
     pack = lambda x: x[valid][None]  # (1, n)
+
     def packed(seq):
-        loss, _ = upge_loss(row, pack(logp), torch.ones_like(pack(logp), dtype=torch.bool), pack(A), pack(weight), pack(old), seq,
-                            entropy=pack(ENTROPY))
+        loss, _ = upge_loss(
+            row,
+            pack(logp),
+            torch.ones_like(pack(logp), dtype=torch.bool),
+            pack(A),
+            pack(weight),
+            pack(old),
+            seq,
+            entropy=pack(ENTROPY),
+        )
         return torch.autograd.grad(loss, logp)[0]
+
     assert error(packed(pack(seq)), row_gradient(name, batch)) <= 1e-8
-    if name in ("gspo", "srft", "srft_sft"):  # negative control: with no seq the whole pack would be one sequence
-        assert error(packed(None), row_gradient(name, batch)) > 1e-2
+    if name in NEEDS_SEQ:  # negative control: the whole pack as one sequence
+        as_one = torch.zeros_like(pack(seq))
+        assert error(packed(as_one), row_gradient(name, batch)) > 1e-2
 
 
 def test_sft_is_cross_entropy(batch):
@@ -122,17 +163,27 @@ def test_sft_is_cross_entropy(batch):
     logits = torch.randn(B, T, 11, dtype=torch.double, requires_grad=True)
     targets = torch.randint(11, (B, T))
     logp = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-    ce = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # (B, T)
-    losses = {upge.per_sequence: torch.stack([ce[i, :n].mean() for i, n in enumerate(lengths)]).mean(),
-              upge.per_token: ce[valid].mean()}
+    ce = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), targets, reduction="none"
+    )  # (B, T)
+    losses = {
+        upge.per_sequence: torch.stack([ce[i, :n].mean() for i, n in enumerate(lengths)]).mean(),
+        upge.per_token: ce[valid].mean(),
+    }
     one = torch.ones(B, 1)
     gradients = {}
     for normaliser, loss in losses.items():
-        weight = normaliser(lengths, torch.arange(B), B, L_MAX)[:, None]  # one demonstration a prompt
-        got = torch.autograd.grad(upge_loss(TABLE["sft"], logp, valid, one, weight)[0], logits, retain_graph=True)[0]
+        weight = normaliser(lengths, torch.arange(B), B, L_MAX)[
+            :, None
+        ]  # one demonstration a prompt
+        got = torch.autograd.grad(
+            upge_loss(TABLE["sft"], logp, valid, one, weight)[0], logits, retain_graph=True
+        )[0]
         gradients[normaliser] = got
         assert error(got, torch.autograd.grad(loss, logits, retain_graph=True)[0]) <= 1e-8
-    assert error(*gradients.values()) > 1e-2  # negative control: the two means differ on ragged rows
+    assert (
+        error(*gradients.values()) > 1e-2
+    )  # negative control: the two means differ on ragged rows
 
 
 def test_on_policy_the_rows_agree(batch):
@@ -147,7 +198,8 @@ def test_on_policy_the_rows_agree(batch):
             assert error(row_gradient(name, batch, A, upge.per_sequence), wanted) > 1e-2
 
 
-# ------------------------------------------------------------------------------------------- masks and reference policies
+# --------------------------------------------------------------------- masks and reference policies
+
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_clip_mask_at_and_around_its_bounds(sign):
@@ -159,9 +211,9 @@ def test_clip_mask_at_and_around_its_bounds(sign):
     r = ratio.clone().requires_grad_()
     torch.minimum(sign * r, sign * r.clamp(1 - eps[0], 1 + eps[1])).sum().backward()
     assert (sign * r.grad).tolist() == wanted
-    # negative control: a mask that ignores the sign of A
-    ignorant = ((ratio >= 1 - eps[0]) & (ratio <= 1 + eps[1])).double().tolist()
-    assert ignorant != wanted
+    # negative control: with the sign of A ignored, autograd's answer is missed on one side
+    flipped = clip_mask(ratio, torch.full_like(ratio, -sign), eps).tolist()
+    assert flipped != (sign * r.grad).tolist()
     assert clip_mask(ratio, torch.full_like(ratio, sign), (math.inf, math.inf)).all()
 
 
@@ -169,10 +221,16 @@ def test_cispo_keeps_the_gradient_of_a_clipped_token():
     logp = torch.tensor([[math.log(0.9)]], dtype=torch.double, requires_grad=True)
     old = logp.detach() - math.log(1.8)  # r = 1.8
     one = torch.ones(1, 1, dtype=torch.double)
-    gradient = lambda row: torch.autograd.grad(upge_loss(row, logp, one.bool(), one, one, old)[0], logp)[0].item()
+    gradient = lambda row: torch.autograd.grad(
+        upge_loss(row, logp, one.bool(), one, one, old)[0], logp
+    )[0].item()
     ppo_unclipped = gradient(TABLE["ppo"]._replace(stable=upge.stable_always))  # -r
-    assert gradient(TABLE["cispo"]) == pytest.approx(ppo_unclipped * 1.2 / 1.8, rel=1e-12)  # times (1+eps)/r
-    masked = TABLE["cispo"]._replace(stable=upge.stable_ppo, log_ref=upge.ref_old)  # the paper's Table 1 as printed
+    assert gradient(TABLE["cispo"]) == pytest.approx(
+        ppo_unclipped * 1.2 / 1.8, rel=1e-12
+    )  # times (1+eps)/r
+    masked = TABLE["cispo"]._replace(
+        stable=upge.stable_ppo, log_ref=upge.ref_old
+    )  # the paper's Table 1 as printed
     assert gradient(masked) == 0.0
 
 
@@ -192,7 +250,9 @@ def test_luffy_coefficient():
     one = torch.ones_like(p)
     upge_loss(TABLE["luffy_demo"], logp, one.bool(), one, one)[0].backward()
     assert torch.allclose(-logp.grad, p * g / (p + g) ** 2, rtol=1e-12)
-    assert not torch.allclose(-logp.grad, p / (p + g), rtol=1e-2)  # negative control: the shaping, not its slope
+    assert not torch.allclose(
+        -logp.grad, p / (p + g), rtol=1e-2
+    )  # negative control: the shaping, not its slope
 
 
 def test_padding_may_hold_anything(batch):
@@ -204,10 +264,17 @@ def test_padding_may_hold_anything(batch):
             got = row_gradient(name, (fill(logp), fill(old), valid, lengths, rewards))
             assert error(got[valid], wanted[valid]) <= 1e-12 and (got[~valid] == 0).all()
     everything = torch.ones_like(valid)  # negative control: a mask that lets the padding in
-    assert error(row_gradient("grpo", (logp, old, everything, lengths, rewards)), row_gradient("grpo", batch)) > 1e-2
+    assert (
+        error(
+            row_gradient("grpo", (logp, old, everything, lengths, rewards)),
+            row_gradient("grpo", batch),
+        )
+        > 1e-2
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- advantages
+# --------------------------------------------------------------------------------------- advantages
+
 
 def test_group_advantages():
     torch.manual_seed(2)
@@ -218,14 +285,22 @@ def test_group_advantages():
         assert torch.allclose(f(R + 3), f(R), atol=1e-8)
         assert (f(torch.full((2, 3), 0.1)) == 0).all()  # 0.1 + 0.1 + 0.1 is not 0.3
         assert (f(torch.rand(4, 1)) == 0).all()
-    assert torch.allclose(centred(10 * R), 10 * centred(R)) and not torch.allclose(standard(R), centred(R), rtol=1e-2)
+    assert torch.allclose(centred(10 * R), 10 * centred(R)) and not torch.allclose(
+        standard(R), centred(R), rtol=1e-2
+    )
     assert torch.allclose(standard(10 * R), standard(R), rtol=1e-4)
-    assert torch.allclose(standard(R), (R - R.mean(-1, keepdim=True)) / (R.std(-1, correction=1, keepdim=True) + 1e-6))
+    assert torch.allclose(
+        standard(R), (R - R.mean(-1, keepdim=True)) / (R.std(-1, correction=1, keepdim=True) + 1e-6)
+    )
     population = (R - R.mean(-1, keepdim=True)) / (R.std(-1, correction=0, keepdim=True) + 1e-6)
-    assert (population / standard(R)).mean().item() == pytest.approx(math.sqrt(8 / 7), abs=1e-4)  # 1.069, the other choice
-    assert upge.adv_sign(torch.tensor([1.0, 0.0])).tolist() == [1, -1]
+    assert (population / standard(R)).mean().item() == pytest.approx(
+        math.sqrt(8 / 7), abs=1e-4
+    )  # 1.069, the other choice
+    assert upge.adv_sign(torch.tensor([[1.0, 0.0]])).tolist() == [[1, -1]]
     others = torch.stack([R[:, i] - R[:, torch.arange(8) != i].mean(-1) for i in range(8)], -1)
-    assert torch.allclose(upge.adv_leave_one_out(R), others) and not torch.allclose(centred(R), others, rtol=1e-2)
+    assert torch.allclose(upge.adv_leave_one_out(R), others) and not torch.allclose(
+        centred(R), others, rtol=1e-2
+    )
     assert (upge.adv_leave_one_out(torch.rand(4, 1)) == 0).all()
 
 
@@ -233,7 +308,10 @@ def test_gae_against_brute_force():
     torch.manual_seed(3)
     lengths = [5, 1, 3]
     valid = torch.arange(5) < torch.tensor(lengths)[:, None]
-    rewards, values = (torch.where(valid, torch.randn(3, 5, dtype=torch.double), math.nan) for _ in "rv")
+    rewards, values = (
+        torch.where(valid, torch.randn(3, 5, dtype=torch.double), math.nan) for _ in "rv"
+    )
+
     def brute(gamma, lam):
         A = torch.zeros(3, 5, dtype=torch.double)
         for i, n in enumerate(lengths):
@@ -242,24 +320,41 @@ def test_gae_against_brute_force():
             for t in range(n):
                 A[i, t] = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n))
         return A
+
     got = gae(rewards, values, valid, 0.9, 0.8)
     assert error(got, brute(0.9, 0.8)) < 1e-12
     assert error(got, brute(0.9, 0.9)) > 1e-2  # negative control
     returns = torch.where(valid, rewards, 0).flip(1).cumsum(1).flip(1)
-    assert error(gae(rewards, values, valid)[valid], (returns - values)[valid]) < 1e-12  # gamma = lambda = 1
+    assert (
+        error(gae(rewards, values, valid)[valid], (returns - values)[valid]) < 1e-12
+    )  # gamma = lambda = 1
 
 
-# ------------------------------------------------------------------------------------------------------------ HPT's gate
+# --------------------------------------------------------------------------------------- HPT's gate
 
-@pytest.mark.parametrize("n, gamma, gated", [(8, 0.0, {0}), (8, 2 / 8, {0, 1, 2}), (8, 0.24, {0, 1}), (8, 1.0, set(range(9))),
-                                             (10, 0.3, {0, 1, 2, 3}), (100, 0.29, set(range(30))), (1, 0.0, {0})])
+
+@pytest.mark.parametrize(
+    "n, gamma, gated",
+    [
+        (8, 0.0, {0}),
+        (8, 2 / 8, {0, 1, 2}),
+        (8, 0.24, {0, 1}),
+        (8, 1.0, set(range(9))),
+        (10, 0.3, {0, 1, 2, 3}),
+        (100, 0.29, set(range(30))),
+        (1, 0.0, {0}),
+    ],
+)
 def test_gate_is_inclusive_and_counts(n, gamma, gated):
     alpha, beta = hpt_gate(torch.arange(n + 1), n, gamma)
     assert {c for c in range(n + 1) if beta[c]} == gated
     assert (alpha + beta == 1).all()
-    if gated != set(range(n + 1)):
-        exclusive = {c for c in range(n + 1) if c < gamma * n}  # negative control: P < gamma
-        assert exclusive != gated or gamma == 0.24
+
+
+def test_gate_at_its_bound_takes_the_demonstration():
+    _, at_bound = hpt_gate(torch.tensor([2]), 8, 2 / 8)
+    _, above = hpt_gate(torch.tensor([3]), 8, 2 / 8)  # negative control
+    assert (at_bound.item(), above.item()) == (1, 0)
 
 
 def test_smooth_gate():
@@ -268,66 +363,92 @@ def test_smooth_gate():
 
 
 def test_pi_old_of_trainer_or_sampler():
-    """Rewards over three actions, sampled from q while the trainer has p: only the truncated weights, cap large, give p's gradient."""
-    p, q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double), torch.tensor([0.2, 0.3, 0.5], dtype=torch.double)
+    """Rewards over three actions, sampled from q while the trainer has p.
+
+    Importance weights, with a large cap, and pi_old = q give the gradient of p.
+    """
+    p, q = (
+        torch.tensor([0.5, 0.3, 0.2], dtype=torch.double),
+        torch.tensor([0.2, 0.3, 0.5], dtype=torch.double),
+    )
     R = torch.tensor([[1.0], [0.0], [2.0]], dtype=torch.double)
     logits = p.log().requires_grad_()
     logp = logits.log_softmax(0)[:, None]  # each action a sequence of one token
-    def gradient(pi_ref, cap=math.inf):
-        old, factor = PI_OLD[pi_ref](logp.detach(), q.log()[:, None], cap)
-        loss, _ = upge_loss(TABLE["dr_grpo"]._replace(stable=upge.stable_always), logp, torch.ones(3, 1, dtype=torch.bool), R,
-                            q[:, None] * factor, old)  # q as weight: the expectation over the sampler's draws
+
+    def gradient(pi_old, cap=math.inf):
+        old, importance = PI_OLD[pi_old](logp.detach(), q.log()[:, None], cap)
+        loss, _ = upge_loss(
+            TABLE["dr_grpo"]._replace(stable=upge.stable_always),
+            logp,
+            torch.ones(3, 1, dtype=torch.bool),
+            R,
+            q[:, None] * importance,
+            old,
+        )  # q as weight: the expectation over the sampler's draws
         return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
     true = torch.autograd.grad(-(logp.exp() * R).sum(), logits, retain_graph=True)[0]
-    assert error(gradient("tis"), true) < 1e-12 and error(gradient("rollout"), true) < 1e-12
-    assert error(gradient("old"), true) > 1e-2  # negative control: the mismatch ignored
+    assert error(gradient("tis"), true) < 1e-12 and error(gradient("sampler"), true) < 1e-12
+    assert error(gradient("trainer"), true) > 1e-2  # negative control: the mismatch ignored
     assert error(gradient("tis", cap=2.0), true) > 1e-2  # p/q = 2.5 at the first action, truncated
     assert PI_OLD["tis"](p.log(), q.log(), 2.0)[1].tolist() == pytest.approx([2.0, 1.0, 0.4])
 
 
-def test_doctest_and_printed_table():
-    assert doctest.testmod(upge).failed == 0 and doctest.testmod(upge).attempted > 5
-    printed = subprocess.run([sys.executable, upge.__file__], capture_output=True, text=True, check=True).stdout
-    assert all(any(line.startswith(name) for line in printed.splitlines()) for name in [*TABLE, "hpt"])
-    assert "max(pi_old, pi_theta/(1+eps))" in printed
+# ----------------------------------------------------- the trainer's gradient, over real gloo ranks
+
+ARGS = {
+    "clip_eps": None,
+    "entropy_coef": 0.0,
+    "pi_old": "trainer",
+    "tis_cap": 2.0,
+    "gae_gamma": 0.9,
+    "gae_lambda": 0.8,
+    "sft_coef": 0.05,
+    "max_response_tokens": 32,
+    "tokens_per_microbatch": 40,
+}
 
 
-# ------------------------------------------------------------------------- the trainer's gradient, over real gloo ranks
-
-from types import SimpleNamespace
-
-import probe
-from model import Critic, Policy
-from rollout import Rollout
-from train_hpt import (METHODS, Prompt, accumulate_critic_gradient, accumulate_gradient, before_update, build_sequences, collate,
-                       parse_args, plan_microbatches)
-
-ARGS = dict(clip_eps=None, entropy_coef=0.0, pi_ref="old", tis_cap=2.0, gae_gamma=0.9, gae_lambda=0.8)
-
-
-def made_up_step(gated, mixed=False):
+def made_up_step(gated, grouped=False):
     """Six prompts with four rollouts each, the first `gated` of them failed."""
     torch.manual_seed(4)
     token = lambda n: torch.randint(3, 32, (n,)).tolist()
     prompts = []
     for q in range(6):
         problem = {"prompt_ids": token(2 + q), "demo_ids": token(5 + 3 * q)}
-        rolled = [Rollout(token(n), (-3 * torch.rand(n)).tolist(), False, "") for n in torch.randint(1, 20, (4,)).tolist()]
+        rollouts = [
+            Rollout(token(n), (-3 * torch.rand(n)).tolist(), False, "")
+            for n in torch.randint(1, 20, (4,)).tolist()
+        ]
         rewards = [0.0] * 4 if q < gated else [1.0, 0.0, float(q % 2), 0.0]
         beta = float(q < gated)
-        prompts.append(Prompt(problem, rolled, rewards, 1.0, *((1.0, 1.0) if mixed else (1 - beta, beta))))
+        prompts.append(
+            Prompt(problem, rollouts, rewards, 1.0, *((1.0, 1.0) if grouped else (1 - beta, beta)))
+        )
     return prompts
 
 
 def tiny_lm():
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(5)
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True)).double()
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+        )
+    ).double()
 
 
 def tiny_critic():
     from transformers import Qwen2ForTokenClassification
+
     config = tiny_lm().config
     config.num_labels, config.classifier_dropout = 1, 0.0
     torch.manual_seed(7)
@@ -339,44 +460,80 @@ def made_up_value(ids, response):
     return torch.sin(ids[response].double())
 
 
+class Case(NamedTuple):
+    """A step whose gradient the trainer computes in processes of its own."""
+
+    prompts: list
+    method: str
+    budget: int = 40  # tokens per micro-batch
+    changes: dict | None = None  # of ARGS
+    wrong: bool = False  # weigh tokens per micro-batch, as gradient accumulation often does
+    probe: bool = False
+
+
 def gradient_on_ranks(rank, world, port, cases, path):
-    """Run in a process of its own: the trainer's gradient of each case, (prompts, method, budget, changes, wrong), to `path`."""
-    import collections
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
+    """In a process of its own: the trainer's gradient of each case and of the critic, to `path`."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     lm, cpu = tiny_lm(), torch.device("cpu")
     for block in lm.model.layers:
         fully_shard(block)
     policy = fully_shard(Policy(lm, temperature=1.0, chunk=7))
     results = []
-    for prompts, method, budget, changes, wrong in cases:
-        args = SimpleNamespace(**ARGS | changes)
-        parts = build_sequences(prompts, METHODS[method], 0.05, 32)
-        batches = [(name, batch) for name, part in parts.items() for batch in plan_microbatches(part, world, budget)[rank]]
-        if wrong:  # what gradient accumulation often does: a token mean per micro-batch, averaged over them
-            mean = lambda batch, n: [s._replace(weight=1 / n / sum(len(s.response) for s in batch)) for s in batch]
-            batches = [(name, mean(batch, sum(other == name for other, _ in batches))) for name, batch in batches]
-        totals = collections.defaultdict(float)
-        befores = before_update(policy, made_up_value if method == "ppo" else None, batches, args, cpu, totals)
-        befores = [b if b.old_logp is None else b._replace(old_logp=stale(b.old_logp)) for b in befores]  # an off-policy update
-        accumulate = lambda policy, batches, befores, totals: accumulate_gradient(policy, batches, befores, args, cpu, totals)
-        seen = probe.probe(policy, batches, befores, accumulate) if changes.get("probe") else {}
-        accumulate(policy, batches, befores, totals)
-        results.append({name: p.grad.full_tensor().clone() for name, p in lm.named_parameters()} | seen)
+    for case in cases:
+        settings = ARGS | (case.changes or {}) | {"tokens_per_microbatch": case.budget}
+        args = SimpleNamespace(**settings)
+        micro_batches = build_micro_batches(case.prompts, METHODS[case.method], args, cpu)
+        if case.wrong:
+            weigh_per_micro_batch(micro_batches)
+        critic = made_up_value if case.method == "ppo" else None
+        old_policy_pass(policy, critic, [micro_batches], args, Counts())
+        for m in micro_batches:
+            if m.old_logp is not None:
+                m.old_logp = stale(m.old_logp)  # as if some updates had been made
+        accumulate = functools.partial(accumulate_gradient, args=args, counts=Counts())
+        seen = probe.probe(policy, micro_batches, accumulate) if case.probe else {}
+        accumulate(policy, micro_batches)
+        gradient = {name: p.grad.full_tensor().clone() for name, p in lm.named_parameters()}
+        results.append(gradient | seen)
         policy.zero_grad()
-    value_model = tiny_critic()
-    critic = fully_shard(Critic(value_model))
-    batches = [("ppo", batch) for batch in plan_microbatches(build_sequences(made_up_step(0), METHODS["ppo"], 1.0, 32)["ppo"], world, 40)[rank]]
-    befores = before_update(policy, critic, batches, SimpleNamespace(**ARGS), cpu, collections.defaultdict(float))
-    befores = [b if b.value is None else b._replace(value=stale(b.value)) for b in befores]
-    accumulate_critic_gradient(critic, batches, befores, 0.2, cpu, collections.defaultdict(float))
-    results.append({name: p.grad.full_tensor().clone() for name, p in value_model.named_parameters()})
+    results.append(critic_gradient_on_ranks(policy, cpu))
     if rank == 0:
         torch.save(results, path)
     dist.destroy_process_group()
+
+
+def weigh_per_micro_batch(micro_batches):
+    """The mean over the tokens of each micro-batch, averaged over the micro-batches of a row."""
+    for m in micro_batches:
+        of_row = sum(other.row == m.row for other in micro_batches)
+        m.weight = torch.full_like(m.weight, 1 / of_row / m.weight.numel())
+
+
+def critic_gradient_on_ranks(policy, device):
+    """{name: gradient} of the value loss."""
+    value_model, args = tiny_critic(), SimpleNamespace(**ARGS)
+    critic = fully_shard(Critic(value_model))
+    micro_batches = build_micro_batches(made_up_step(0), METHODS["ppo"], args, device)
+    old_policy_pass(policy, critic, [micro_batches], args, Counts())
+    for m in micro_batches:
+        if m.value is not None:
+            m.value = stale(m.value)
+    accumulate_critic_gradient(critic, micro_batches, 0.2, Counts())
+    return {name: p.grad.full_tensor().clone() for name, p in value_model.named_parameters()}
+
+
+def spawn(function, *args, processes=1, seconds=300):
+    """Run function(rank, *args) in processes of their own; fail if they take too long."""
+    context = torch.multiprocessing.spawn(function, args, nprocs=processes, join=False)
+    deadline = time.monotonic() + seconds
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"{function.__name__} did not end in {seconds} s")
 
 
 def stale(logp):
@@ -385,27 +542,63 @@ def stale(logp):
     return logp + 0.3 * torch.sin(1e3 * logp)
 
 
-MIXED = ("luffy", "srft")
-CASES = {"whole": (made_up_step(2), "hpt", 10_000, {}, False), "one row": (made_up_step(2), "hpt", 1, {}, False),
-         "small": (made_up_step(2), "hpt", 50, {"probe": True}, False), "wrong whole": (made_up_step(2), "hpt", 10_000, {}, True),
-         "wrong small": (made_up_step(2), "hpt", 50, {}, True),
-         "rollout": (made_up_step(0), "grpo", 40, {"pi_ref": "rollout"}, False), "tis": (made_up_step(0), "grpo", 40, {"pi_ref": "tis"}, False)}
-CASES["smooth"] = ([p._replace(alpha=q / 6, beta=1 - q / 6) for q, p in enumerate(made_up_step(2))], "hpt", 40, {}, False)
-CASES["clip"] = (made_up_step(0), "dr_grpo", 40, {"clip_eps": 0.05}, False)
-CASES["bonus"] = (made_up_step(0), "grpo", 40, {"entropy_coef": 0.1}, False)
-CASES["ppo, one row"] = (made_up_step(0), "ppo", 1, {}, False)
-CASES["reordered"] = ([p._replace(rolled=p.rolled[::-1], rewards=p.rewards[::-1]) for p in reversed(made_up_step(2))], "hpt", 50, {}, False)
-CASES["dropped changed"] = ([p._replace(rolled=[r._replace(ids=r.ids[::-1]) for r in p.rolled]) if p.beta else p
-                             for p in made_up_step(2)], "hpt", 10_000, {}, False)
-CASES |= {gated: (made_up_step(gated), "hpt", 40, {}, False) for gated in range(7)}
-CASES |= {name: (made_up_step(6 if name in ("sft", "dft") else 2 if method.meet == "gate" else 0, name in MIXED), name, 40, {}, False)
-          for name, method in METHODS.items()}
+def smooth_step():
+    """A step with weights between 0 and 1 for both kinds."""
+    prompts = made_up_step(2)
+    return [p._replace(alpha=q / 6, beta=1 - q / 6) for q, p in enumerate(prompts)]
+
+
+def reordered_step():
+    """The same step in another order."""
+    prompts = reversed(made_up_step(2))
+    return [p._replace(rollouts=p.rollouts[::-1], rewards=p.rewards[::-1]) for p in prompts]
+
+
+def step_with_other_dropped_rollouts():
+    """The same step, with other tokens in the rollouts that the gate drops."""
+    prompts = []
+    for p in made_up_step(2):
+        if p.beta:
+            p = p._replace(rollouts=[r._replace(ids=r.ids[::-1]) for r in p.rollouts])
+        prompts.append(p)
+    return prompts
+
+
+def step_of_method(name):
+    """A step on which the method differs from all others."""
+    method = METHODS[name]
+    if method.rollouts is None:
+        return made_up_step(6)
+    gated = 2 if method.combine == "gate" else 0
+    return made_up_step(gated, grouped=method.combine == "group")
+
+
+CASES = {
+    "whole": Case(made_up_step(2), "hpt", 10_000),
+    "one row": Case(made_up_step(2), "hpt", 1),
+    "small": Case(made_up_step(2), "hpt", 50, probe=True),
+    "wrong whole": Case(made_up_step(2), "hpt", 10_000, wrong=True),
+    "wrong small": Case(made_up_step(2), "hpt", 50, wrong=True),
+    "sampler": Case(made_up_step(0), "grpo", changes={"pi_old": "sampler"}),
+    "tis": Case(made_up_step(0), "grpo", changes={"pi_old": "tis"}),
+    "smooth": Case(smooth_step(), "hpt"),
+    "clip": Case(made_up_step(0), "dr_grpo", changes={"clip_eps": 0.05}),
+    "bonus": Case(made_up_step(0), "grpo", changes={"entropy_coef": 0.1}),
+    "ppo, one row": Case(made_up_step(0), "ppo", 1),
+    "reordered": Case(reordered_step(), "hpt", 50),
+    "dropped changed": Case(step_with_other_dropped_rollouts(), "hpt", 10_000),
+}
+CASES |= {gated: Case(made_up_step(gated), "hpt") for gated in range(7)}
+CASES |= {name: Case(step_of_method(name), name) for name in METHODS}
 
 
 @pytest.fixture(scope="module")
 def by_ranks(tmp_path_factory):
     """The trainer's gradients from 1 and from 2 real processes."""
-    return {world: gradients_of(world, tmp_path_factory.mktemp("gradients") / "gradients.pt") for world in (1, 2)}
+    return {
+        world: gradients_of(world, tmp_path_factory.mktemp("gradients") / "gradients.pt")
+        for world in (1, 2)
+    }
 
 
 @pytest.fixture(params=[1, 2])
@@ -414,31 +607,45 @@ def gradients(request, by_ranks):
 
 
 def gradients_of(world, path):
-    """{case: flat float64 gradient}, of the value loss as "critic"; and of the probe's case what it measured, as "probe"."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(gradient_on_ranks, (world, port, list(CASES.values()), path), nprocs=world)
-    results = dict(zip([*CASES, "critic"], torch.load(path), strict=True))
-    seen = {name: results["small"].pop(name) for name in list(results["small"]) if name.startswith("probe/")}
-    return {case: torch.cat([p.flatten() for p in result.values()]) for case, result in results.items()} | {"probe": seen}
+    """{case: flat gradient}; the value loss is "critic", what the probe measured is "probe"."""
+    port = distributed.free_port()
+    spawn(gradient_on_ranks, world, port, list(CASES.values()), path, processes=world)
+    gradients = {}
+    for case, result in zip([*CASES, "critic"], torch.load(path), strict=True):
+        seen = {name: value for name, value in result.items() if name.startswith("probe/")}
+        if seen:
+            gradients["probe"] = seen
+        parameters = [value for name, value in result.items() if name not in seen]
+        gradients[case] = torch.cat([p.flatten() for p in parameters])
+    return gradients
 
 
-def direct_gradient_of_method(name, prompts, sft_coef=0.05, L=32, pi_ref="old", eps=0.2, bonus=0.0):
-    """The method's loss written out prompt by prompt and token by token with plain transformers, no padding; flat float64."""
+def direct_gradient_of_method(
+    name, prompts, sft_coef=0.05, L=32, pi_old="trainer", eps=0.2, bonus=0.0
+):
+    """Flat gradient of the method's loss, written out prompt by prompt with plain transformers."""
     lm, N, total = tiny_lm(), len(prompts), 0.0
-    tokens = sum(len(r.ids) for p in prompts for r in p.rolled)
+    tokens = sum(len(r.ids) for p in prompts for r in p.rollouts)
+
     def run(prompt, response):  # log-probabilities and mean entropy
         out = lm(torch.tensor([prompt + response])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-        return out.gather(-1, torch.tensor(response)[:, None])[:, 0], -(out.exp() * out).sum(-1).mean()
+        return out.gather(-1, torch.tensor(response)[:, None])[:, 0], -(out.exp() * out).sum(
+            -1
+        ).mean()
+
     def ppo_advantages():
-        A = [direct_gae(R, torch.sin(torch.tensor(r.ids).double())) for p in prompts for r, R in zip(p.rolled, p.rewards)]
+        A = [
+            direct_gae(R, torch.sin(torch.tensor(r.ids).double()))
+            for p in prompts
+            for r, R in zip(p.rollouts, p.rewards)
+        ]
         mean, std = torch.cat(A).mean(), torch.cat(A).std(correction=0)
         return iter([(a - mean) / std for a in A])
+
     whitened = ppo_advantages() if name == "ppo" else None
     for p in prompts:
         d, H = run(p.problem["prompt_ids"], p.problem["demo_ids"])
-        R, G = torch.tensor(p.rewards), len(p.rolled)
+        R, G = torch.tensor(p.rewards), len(p.rollouts)
         with_demo = torch.tensor([*p.rewards, p.demo_reward])
         shaped = (d.exp() / (d.exp() + g)).sum()  # LUFFY's f(pi)
         if name == "sft":
@@ -448,33 +655,56 @@ def direct_gradient_of_method(name, prompts, sft_coef=0.05, L=32, pi_ref="old", 
         elif name == "luffy":
             loss = (with_demo[-1] - with_demo.mean()) * shaped / (G + 1) / L
         elif name == "srft":
-            loss = (0.5 * (-H.detach()).exp() * d.sum() + (with_demo[-1] - with_demo.mean()) * shaped) / (G + 1) / L
+            loss = (
+                (0.5 * (-H.detach()).exp() * d.sum() + (with_demo[-1] - with_demo.mean()) * shaped)
+                / (G + 1)
+                / L
+            )
         else:
             offline = lambda: (with_demo[-1] - with_demo.mean()) * shaped / L
-            loss = p.beta * {"hpt": lambda: sft_coef * d.mean(), "hpt_off": offline,
-                             "hpt_mix": lambda: sft_coef * d.mean() + offline()}.get(name, lambda: 0.0)()
-        for r, reward in zip(p.rolled, p.rewards) if name not in ("sft", "dft") and p.alpha else ():
+            loss = (
+                p.beta
+                * {
+                    "hpt": lambda: sft_coef * d.mean(),
+                    "hpt_off": offline,
+                    "hpt_mix": lambda: sft_coef * d.mean() + offline(),
+                }.get(name, lambda: 0.0)()
+            )
+        for r, reward in (
+            zip(p.rollouts, p.rewards) if name not in ("sft", "dft") and p.alpha else ()
+        ):
             x, H = run(p.problem["prompt_ids"], r.ids)
-            sampler, n = torch.tensor(r.logp, dtype=torch.double), len(r.ids)
-            old = stale(sampler if pi_ref == "rollout" else x.detach())
+            sampler = torch.tensor(r.logp, dtype=torch.double)
+            old = stale(sampler if pi_old == "sampler" else x.detach())
             ratio, centred = torch.exp(x - old), reward - R.mean()
             standard = centred / (R.std() + 1e-6)
-            ppo = lambda a, lo=eps, hi=eps, ratio=ratio: torch.minimum(ratio * a, ratio.clamp(1 - lo, 1 + hi) * a)
+            ppo = lambda a, lo=eps, hi=eps, ratio=ratio: torch.minimum(
+                ratio * a, ratio.clamp(1 - lo, 1 + hi) * a
+            )
             s = torch.exp((x - old).mean())
-            importance = (x.detach() - sampler).exp().clamp(max=2.0) if pi_ref == "tis" else 1.0
-            group_tokens = sum(len(other.ids) for other in p.rolled)
-            loss = loss + bonus * H / G + p.alpha * {
-                "reinforce": lambda: (2 * reward - 1) * x.mean() / G,
-                "rloo": lambda: (reward - (R.sum() - reward) / (G - 1)) * x.sum() / G / L,
-                "ppo": lambda: ppo(next(whitened)).sum() / tokens * N,
-                "grpo": lambda: (importance * ppo(standard)).mean() / G,
-                "dr_grpo": lambda: ppo(centred).sum() / G / L,
-                "dapo": lambda: ppo(standard, 0.2, 0.28).sum() / tokens * N,
-                "cispo": lambda: (ratio.clamp(max=1.2).detach() * standard * x).sum() / group_tokens,
-                "gspo": lambda: ppo(standard, 3e-4, 4e-4, s) / G,
-                "luffy": lambda: (ratio * (reward - with_demo.mean())).sum() / (G + 1) / L,
-                "srft": lambda: (0.1 * H.detach().exp() if reward else -1.0) * x.sum() / (G + 1) / L,
-            }.get(name, lambda: ppo(centred).sum() / G / L)()  # hpt's
+            importance = (x.detach() - sampler).exp().clamp(max=2.0) if pi_old == "tis" else 1.0
+            group_tokens = sum(len(other.ids) for other in p.rollouts)
+            loss = (
+                loss
+                + bonus * H / G
+                + p.alpha
+                * {
+                    "reinforce": lambda: (2 * reward - 1) * x.mean() / G,
+                    "rloo": lambda: (reward - (R.sum() - reward) / (G - 1)) * x.sum() / G / L,
+                    "ppo": lambda: ppo(next(whitened)).sum() / tokens * N,
+                    "grpo": lambda: (importance * ppo(standard)).mean() / G,
+                    "dr_grpo": lambda: ppo(centred).sum() / G / L,
+                    "dapo": lambda: ppo(standard, 0.2, 0.28).sum() / tokens * N,
+                    "cispo": lambda: (
+                        (ratio.clamp(max=1.2).detach() * standard * x).sum() / group_tokens
+                    ),
+                    "gspo": lambda: ppo(standard, 3e-4, 4e-4, s) / G,
+                    "luffy": lambda: (ratio * (reward - with_demo.mean())).sum() / (G + 1) / L,
+                    "srft": lambda: (
+                        (0.1 * H.detach().exp() if reward else -1.0) * x.sum() / (G + 1) / L
+                    ),
+                }.get(name, lambda: ppo(centred).sum() / G / L)()
+            )  # hpt's
         total = total - loss / N
     total.backward()
     return torch.cat([p.grad.flatten() for p in lm.parameters()])
@@ -493,20 +723,26 @@ def direct_critic_gradient(prompts, clip=0.2, half=0.5):
     """PPO's clipped value loss written out token by token, no padding."""
     lm, total = tiny_critic(), 0.0
     for p in prompts:
-        for r, reward in zip(p.rolled, p.rewards):
-            hidden = lm.base_model(torch.tensor([p.problem["prompt_ids"] + r.ids])).last_hidden_state[0]
+        for r, reward in zip(p.rollouts, p.rewards):
+            hidden = lm.base_model(
+                torch.tensor([p.problem["prompt_ids"] + r.ids])
+            ).last_hidden_state[0]
             V = lm.score(hidden)[len(p.problem["prompt_ids"]) - 1 : -1, 0]
             returns, old = direct_gae(reward, V.detach()) + V.detach(), stale(V.detach())
             for t in range(len(V)):
                 near = old[t] + (V[t] - old[t]).clamp(-clip, clip)
-                total = total + half * torch.maximum((V[t] - returns[t]) ** 2, (near - returns[t]) ** 2)
-    (total / sum(len(r.ids) for p in prompts for r in p.rolled)).backward()
+                total = total + half * torch.maximum(
+                    (V[t] - returns[t]) ** 2, (near - returns[t]) ** 2
+                )
+    (total / sum(len(r.ids) for p in prompts for r in p.rollouts)).backward()
     return torch.cat([p.grad.flatten() for p in lm.parameters()])
 
 
 def test_critic_gradient(gradients):
     assert error(gradients["critic"], direct_critic_gradient(made_up_step(0))) <= 1e-6
-    assert error(gradients["critic"], direct_critic_gradient(made_up_step(0), clip=math.inf)) > 1e-3  # negative controls
+    assert (
+        error(gradients["critic"], direct_critic_gradient(made_up_step(0), clip=math.inf)) > 1e-3
+    )  # negative controls
     assert error(gradients["critic"], direct_critic_gradient(made_up_step(0), half=1.0)) > 1e-2
 
 
@@ -524,89 +760,141 @@ def test_one_gradient(gradients):
     for case in ("whole", "one row", "small", "reordered", "dropped changed"):
         assert error(gradients[case], wanted) <= 1e-7  # weights and advantages travel as float32
         assert error(gradients[case], gradients["whole"]) <= 1e-10
-    assert torch.equal(gradients["dropped changed"], gradients["whole"])  # dropped rollouts contribute exactly nothing
-    # negative controls: means per micro-batch change with the budget; a wrong coefficient or a missing prompt is seen
+    assert torch.equal(
+        gradients["dropped changed"], gradients["whole"]
+    )  # dropped rollouts contribute exactly nothing
+    # negative controls: a mean per micro-batch, a wrong coefficient, a missing prompt
     assert error(gradients["wrong small"], gradients["wrong whole"]) > 1e-2
-    assert error(direct_gradient_of_method("hpt", prompts, sft_coef=0.06), gradients["whole"]) > 1e-3
+    assert (
+        error(direct_gradient_of_method("hpt", prompts, sft_coef=0.06), gradients["whole"]) > 1e-3
+    )
     assert error(direct_gradient_of_method("hpt", prompts[1:]), gradients["whole"]) > 1e-2
 
 
 def test_every_method_in_the_training_loop_is_its_directly_written_loss(gradients):
-    wanted = {name: direct_gradient_of_method(name, CASES[name][0]) for name in METHODS}
+    wanted = {name: direct_gradient_of_method(name, CASES[name].prompts) for name in METHODS}
     for name in METHODS:
         assert error(gradients[name], wanted[name]) <= 1e-6, name
-        others = {other: error(gradients[name], wanted[other]) for other in METHODS if other != name}
+        others = {
+            other: error(gradients[name], wanted[other]) for other in METHODS if other != name
+        }
         assert min(others.values()) > 1e-2, (name, others)  # negative control
     assert error(gradients["ppo, one row"], gradients["ppo"]) <= 1e-8
-    assert error(gradients["smooth"], direct_gradient_of_method("hpt", CASES["smooth"][0])) <= 1e-6
-    assert error(gradients["smooth"], direct_gradient_of_method("hpt", [p._replace(alpha=1.0) for p in CASES["smooth"][0]])) > 1e-2
-    assert error(gradients["clip"], direct_gradient_of_method("dr_grpo", made_up_step(0), eps=0.05)) <= 1e-6
+    assert (
+        error(gradients["smooth"], direct_gradient_of_method("hpt", CASES["smooth"].prompts))
+        <= 1e-6
+    )
+    assert (
+        error(
+            gradients["smooth"],
+            direct_gradient_of_method(
+                "hpt", [p._replace(alpha=1.0) for p in CASES["smooth"].prompts]
+            ),
+        )
+        > 1e-2
+    )
+    assert (
+        error(gradients["clip"], direct_gradient_of_method("dr_grpo", made_up_step(0), eps=0.05))
+        <= 1e-6
+    )
     assert error(gradients["clip"], wanted["dr_grpo"]) > 1e-2
-    assert error(gradients["bonus"], direct_gradient_of_method("grpo", made_up_step(0), bonus=0.1)) <= 1e-6
-    assert error(gradients["bonus"], direct_gradient_of_method("grpo", made_up_step(0), bonus=-0.1)) > 1e-2
-    for pi_ref in ("rollout", "tis"):
-        assert error(gradients[pi_ref], direct_gradient_of_method("grpo", made_up_step(0), pi_ref=pi_ref)) <= 1e-6
-        assert error(gradients[pi_ref], wanted["grpo"]) > 1e-2
+    assert (
+        error(gradients["bonus"], direct_gradient_of_method("grpo", made_up_step(0), bonus=0.1))
+        <= 1e-6
+    )
+    assert (
+        error(gradients["bonus"], direct_gradient_of_method("grpo", made_up_step(0), bonus=-0.1))
+        > 1e-2
+    )
+    for pi_old in ("sampler", "tis"):
+        assert (
+            error(
+                gradients[pi_old], direct_gradient_of_method("grpo", made_up_step(0), pi_old=pi_old)
+            )
+            <= 1e-6
+        )
+        assert error(gradients[pi_old], wanted["grpo"]) > 1e-2
 
 
 def test_probe_is_what_prompt_by_prompt_gradients_say(gradients):
     prompts, seen = made_up_step(2), gradients["probe"]
     by_prompt = []
-    for q, p in enumerate(prompts):  # the gradient is linear in the prompts: without prompt q, it is whole minus its own
+    for q in range(len(prompts)):
+        # The gradient is linear in the prompts: that of one is the whole minus that of the rest.
         rest = [other for i, other in enumerate(prompts) if i != q]
-        by_prompt.append(6 * direct_gradient_of_method("hpt", prompts) - 5 * direct_gradient_of_method("hpt", rest))
+        by_prompt.append(
+            6 * direct_gradient_of_method("hpt", prompts)
+            - 5 * direct_gradient_of_method("hpt", rest)
+        )
     sft, rl = torch.stack(by_prompt[:2]), torch.stack(by_prompt[2:])
     assert seen["probe/sft_norm"] == pytest.approx((sft.sum(0) / 6).norm().item(), rel=1e-6)
     assert seen["probe/rl_norm"] == pytest.approx((rl.sum(0) / 6).norm().item(), rel=1e-6)
-    assert seen["probe/cosine"] == pytest.approx(torch.cosine_similarity(sft.sum(0), rl.sum(0), dim=0).item(), rel=1e-5)
+    assert seen["probe/cosine"] == pytest.approx(
+        torch.cosine_similarity(sft.sum(0), rl.sum(0), dim=0).item(), rel=1e-5
+    )
     assert seen["probe/sft_variance"] == pytest.approx(sft.var(0).sum().item(), rel=1e-5)
     assert seen["probe/rl_variance"] == pytest.approx(rl.var(0).sum().item(), rel=1e-5)
-    assert seen["probe/rl_variance"] != pytest.approx(rl.var(0, correction=0).sum().item(), rel=1e-2)  # negative control
+    assert seen["probe/rl_variance"] != pytest.approx(
+        rl.var(0, correction=0).sum().item(), rel=1e-2
+    )  # negative control
+
+
+def step_with_known_values(shuffled=False):
+    """A response is worth 1 if its first token is odd, else 0.
+
+    Nothing foretells that token, so V is 1/2 before it and R after it. Shuffled: the last token
+    decides, of which the critic sees nothing in time.
+    """
+    prompts = []
+    for _ in range(16):
+        rollouts = []
+        for _ in range(4):
+            ids = torch.randint(3, 32, (6,)).tolist()
+            rollouts.append(Rollout(ids, [0.0] * 6, False, ""))
+        rewards = [float((r.ids[-1] if shuffled else r.ids[0]) % 2) for r in rollouts]
+        prompts.append(Prompt({"prompt_ids": [3, 4]}, rollouts, rewards, 0.0, 1.0, 0.0))
+    return prompts
+
+
+def any_policy(ids, response):
+    """A policy for which only the critic matters."""
+    return torch.zeros(int(response.sum())), None
 
 
 def fit_critic(rank, port, path):
-    """In a process of its own: explained variance on fresh rollouts before and after PPO's critic update, and on shuffled rewards.
+    """In a process of its own: the critic's explained variance on fresh rollouts.
 
-    A response is worth 1 if its first token is odd, else 0, and nothing foretells that token: V is 1/2 before it, R after.
+    Before PPO's critic updates, after them, and on shuffled rewards.
     """
-    import collections
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
     critic = fully_shard(Critic(tiny_critic().float()))
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
-    args = SimpleNamespace(**ARGS | {"gae_gamma": 1.0, "gae_lambda": 1.0})
-    policy = lambda ids, response: (torch.zeros(int(response.sum())), None)
+    settings = {"gae_gamma": 1.0, "gae_lambda": 1.0, "tokens_per_microbatch": 512}
+    args, cpu = SimpleNamespace(**ARGS | settings), torch.device("cpu")
 
-    def step(shuffled=False):
-        prompts = []
-        for _ in range(16):
-            rolled = [Rollout(torch.randint(3, 32, (6,)).tolist(), [0.0] * 6, False, "") for _ in range(4)]
-            rewards = [float((r.ids[-1] if shuffled else r.ids[0]) % 2) for r in rolled]
-            prompts.append(Prompt({"prompt_ids": [3, 4]}, rolled, rewards, 0.0, 1.0, 0.0))
-        batches = [("ppo", batch) for batch in plan_microbatches(build_sequences(prompts, METHODS["ppo"], 1.0, 8)["ppo"], 1, 512)[0]]
-        totals = collections.defaultdict(float)
-        befores = before_update(policy, critic, batches, args, torch.device("cpu"), totals)
-        returns = torch.cat([b.returns for b in befores], 1)
-        return batches, befores, 1 - totals["advantage_var"] / returns.var(correction=0).item()
+    def micro_batches_and_explained_variance(shuffled=False):
+        prompts, counts = step_with_known_values(shuffled), Counts()
+        micro_batches = build_micro_batches(prompts, METHODS["ppo"], args, cpu)
+        old_policy_pass(any_policy, critic, [micro_batches], args, counts)
+        returns = torch.cat([m.returns for m in micro_batches], 1)
+        explained = 1 - counts.advantage_variance / returns.var(correction=0).item()
+        return micro_batches, explained
 
-    before = step()[2]
+    before = micro_batches_and_explained_variance()[1]
     for _ in range(150):
-        batches, befores, _ = step()
-        accumulate_critic_gradient(critic, batches, befores, 0.2, torch.device("cpu"), collections.defaultdict(float))
+        micro_batches, _ = micro_batches_and_explained_variance()
+        accumulate_critic_gradient(critic, micro_batches, 0.2, Counts())
         optimizer.step()
         optimizer.zero_grad()
-    torch.save((before, step()[2], step(shuffled=True)[2]), path)
+    after = micro_batches_and_explained_variance()[1]
+    torch.save((before, after, micro_batches_and_explained_variance(shuffled=True)[1]), path)
     dist.destroy_process_group()
 
 
 def test_ppo_critic_fits_a_known_value_function(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(fit_critic, (port, tmp_path / "fit.pt"), nprocs=1)
+    spawn(fit_critic, distributed.free_port(), tmp_path / "fit.pt")
     before, after, shuffled = torch.load(tmp_path / "fit.pt")
     assert before < 0.1
     assert after == pytest.approx(5 / 6, abs=0.05)  # all that can be known: five states of six
@@ -614,9 +902,11 @@ def test_ppo_critic_fits_a_known_value_function(tmp_path):
 
 
 def test_hpt_for_every_gate_count(gradients):
-    """For every K from 0 to N all ranks take part in equally many passes (or this hangs), and the gradient is right."""
+    """For every K from 0 to N: the gradient is right, and no rank waits for another for ever."""
     for gated in range(7):
-        assert error(gradients[gated], direct_gradient_of_method("hpt", made_up_step(gated))) <= 1e-7
+        assert (
+            error(gradients[gated], direct_gradient_of_method("hpt", made_up_step(gated))) <= 1e-7
+        )
     assert error(gradients[6], 0.05 * gradients["sft"]) <= 1e-7
     assert error(gradients[0], gradients["dr_grpo"]) <= 1e-10
     assert error(gradients[1], gradients[0]) > 1e-3  # negative control
@@ -626,17 +916,238 @@ def test_hpt_for_every_gate_count(gradients):
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_plan_holds_every_sequence_once(ranks, budget):
     for gated in range(7):
-        for part in build_sequences(made_up_step(gated), METHODS["hpt"], 0.05, 32).values():
-            plan = plan_microbatches(part, ranks, budget)
-            assert len({len(batches) for batches in plan}) == 1
-            planned = [s for batches in plan for batch in batches for s in batch]
-            assert sorted(planned) == sorted(part)
-            for batch in (batch for batches in plan for batch in batches if len(batch) > 1):
-                assert collate(batch, "cpu")[0].numel() <= budget
+        by_row = build_sequences(made_up_step(gated), METHODS["hpt"], 0.05, 32)
+        for row, sequences in by_row.items():
+            plan = plan_micro_batches(sequences, ranks, budget)
+            assert len({len(micro_batches) for micro_batches in plan}) == 1
+            planned = [s for micro_batches in plan for batch in micro_batches for s in batch]
+            assert sorted(planned) == sorted(sequences)
+            for batch in (batch for micro_batches in plan for batch in micro_batches):
+                assert len(batch) <= 1 or collate(row, batch, "cpu").ids.numel() <= budget
+
+
+def test_plan_balances_tokens_not_sequences():
+    lengths = [50, 3, 3, 3, 40, 3, 3, 20, 3, 3, 10, 3]
+    sequences = [Sequence([1], [1] * n, False, 0, 0.0) for n in lengths]
+    plan = plan_micro_batches(sequences, 2, 1)
+    loads = [sum(len(s.response) + 1 for [s] in filter(None, rank)) for rank in plan]
+    assert abs(loads[0] - loads[1]) <= 10, loads
+    half = [sum(lengths[i::2]) for i in (0, 1)]  # negative control: dealing out by count
+    assert abs(half[0] - half[1]) > 10
+
+
+# --------------------------------------------------------------- mistakes of those who copy upge.py
+
+
+def call(name, batch, **changes):
+    """upge_loss of a row with all that it needs, `changes` apart."""
+    logp, old, valid, lengths, rewards = batch
+    arguments = {
+        "logp": logp,
+        "valid": valid,
+        "advantage": advantages(name, rewards),
+        "weight": TABLE[name].normaliser(lengths, GROUP, N, L_MAX)[:, None],
+        "old_logp": old,
+        "entropy": ENTROPY,
+    }
+    return upge_loss(TABLE[name], **arguments | changes)
+
+
+COMPARES_WITH_OLD = {"ppo", "grpo", "dr_grpo", "dapo", "cispo", "gspo", "luffy"}
+NEEDS_SEQ = {"gspo", "srft", "srft_sft"}
+NEEDS_ENTROPY = {"srft", "srft_sft"}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_forgotten_old_logp_is_an_error_where_the_row_needs_it(name, batch):
+    if name in COMPARES_WITH_OLD:
+        with pytest.raises(ValueError, match="this row needs old_logp: pass log pi_old"):
+            call(name, batch, old_logp=None)
+    else:
+        call(name, batch, old_logp=None)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_forgotten_entropy_is_an_error_where_the_row_needs_it(name, batch):
+    if name in NEEDS_ENTROPY:
+        with pytest.raises(ValueError, match="this row needs entropy: pass the entropy"):
+            call(name, batch, entropy=None)
+    else:
+        call(name, batch, entropy=None)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_forgotten_seq_on_packed_input_is_an_error_where_the_row_needs_it(name, batch):
+    logp, old, valid, _, _ = batch
+    packed = {
+        "logp": logp[valid][None],
+        "valid": valid[valid][None],
+        "advantage": torch.ones(1, 1),
+        "weight": torch.ones(1, 1),
+        "old_logp": old[valid][None],
+        "entropy": ENTROPY[valid][None],
+    }
+    if name in NEEDS_SEQ:
+        with pytest.raises(ValueError, match="this row needs seq: pass the sequence"):
+            call(name, batch, **packed)
+    else:
+        call(name, batch, **packed)
+
+
+@pytest.mark.parametrize("name", ["advantage", "weight"])
+def test_one_value_per_sequence_must_be_a_column(name, batch):
+    square = tuple(x[:, : x.shape[1]] if x.ndim == 2 else x for x in batch)
+    logp = square[0][:T]  # (T, T): a (T,) tensor would broadcast along the wrong dimension
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(9, 9\) or \(9, 1\)"):
+        call(
+            "sft",
+            batch,
+            logp=logp,
+            valid=square[2][:T],
+            old_logp=None,
+            entropy=None,
+            **{"advantage": torch.ones(T, 1), "weight": torch.ones(T, 1)} | {name: torch.ones(T)},
+        )
+
+
+@pytest.mark.parametrize("name", ["advantage", "weight"])
+def test_packed_input_takes_no_column(name, batch):
+    logp, _, valid, _, _ = batch
+    values = {"advantage": torch.ones(1, 1), "weight": torch.ones(1, 1)} | {name: torch.ones(B, 1)}
+    with pytest.raises(ValueError, match=f"{name} must have shape"):
+        upge_loss(TABLE["sft"], logp[valid][None], valid[valid][None], **values)
+
+
+@pytest.mark.parametrize("name", ["valid", "old_logp", "seq", "entropy"])
+def test_tensors_per_token_must_have_the_shape_of_logp(name, batch):
+    with pytest.raises(ValueError, match=f"{name} must have shape"):
+        call("grpo", batch, **{name: torch.ones(B, 1)})
+
+
+def test_logp_must_have_two_dimensions(batch):
+    logp, _, valid, _, _ = batch
+    with pytest.raises(ValueError, match=r"logp must be \(B, T\)"):
+        upge_loss(TABLE["sft"], logp[valid], valid[valid], torch.ones(1, 1), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_flat_rewards_are_an_error(name):
+    with pytest.raises(ValueError, match=r"rewards must be \(N, G\), one row per prompt"):
+        TABLE[name].advantage(torch.tensor([1.0, 0.0, 1.0]))
+    assert TABLE[name].advantage(torch.tensor([[1.0, 0.0, 1.0]])).shape == (1, 3)
+
+
+def test_a_clip_range_of_0_is_not_the_default(batch):
+    _, clipped = call("grpo", batch, eps=(0.0, 0.0))
+    _, default = call("grpo", batch)
+    assert clipped.sum() < default.sum()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_row_without_sequences_has_weights_of_length_0(name):
+    empty = torch.zeros(0, dtype=torch.long)
+    assert TABLE[name].normaliser(empty, empty, 3, L_MAX).shape == (0,)
+
+
+def test_the_ratio_of_a_long_sequence_survives_bfloat16():
+    """s = 1.284 over 600 tokens: bfloat16 would count 256 of them and give another s."""
+    logp = torch.full((1, 600), -1.0, dtype=torch.bfloat16, requires_grad=True)
+    old = torch.full((1, 600), -1.25, dtype=torch.bfloat16)  # both are exact in bfloat16
+    valid, seq = torch.ones(1, 600, dtype=torch.bool), torch.zeros(1, 600, dtype=torch.long)
+    one = torch.ones(1, 1)
+    loss, stable = upge_loss(TABLE["gspo"], logp, valid, -one, one, old, seq)
+    assert loss.item() == pytest.approx(600 * math.exp(0.25), rel=1e-4)
+    assert stable.all()
+    counted = torch.zeros(1, dtype=torch.bfloat16)  # negative control
+    for _ in range(600):
+        counted += 1
+    assert counted.item() == 256
+
+
+def test_returns_carry_no_gradient_of_the_critic():
+    values = torch.zeros(1, 3, requires_grad=True)
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    assert not gae(torch.ones(1, 3), values, valid).requires_grad
+
+
+def test_equal_rewards_give_exactly_0_in_double_precision():
+    rewards = torch.full((1, 3), 0.1, dtype=torch.double)
+    assert (upge.adv_centred(rewards) == 0).all()
+    assert (upge.adv_standardised(rewards) == 0).all()
+    assert (rewards - rewards.sum() / 3).abs().max() > 0  # negative control: 0.1 x 3 is not 0.3
+
+
+def test_a_plain_hugging_face_loop_learns_with_upge_alone():
+    """What someone who copies upge.py writes: sample, grade, gate, one loss, AdamW."""
+    lm = tiny_lm().float()
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    prompt, demo, n, length = [3, 4], [7, 7, 7], 8, 3  # right is a response that begins with 7
+    torch.manual_seed(0)
+    rewards_seen, gated_seen = [], []
+    for _ in range(60):
+        start = torch.tensor([prompt] * n)
+        ids = lm.generate(
+            start, max_new_tokens=length, min_new_tokens=length, do_sample=True, pad_token_id=0
+        )
+        rewards = (ids[:, len(prompt)] == 7).float()[None]  # (1, n)
+        alpha, beta = hpt_gate(rewards.sum(-1), n, gamma=0.0)
+        if beta[0]:
+            row, ids = TABLE["sft"], torch.tensor([prompt + demo])
+            A = torch.ones(1, 1)
+        else:
+            row = TABLE["dr_grpo"]
+            A = row.advantage(rewards).reshape(n, 1)
+        logits = lm(ids).logits[:, len(prompt) - 1 : -1]  # (B, length, V)
+        targets = ids[:, len(prompt) :, None]
+        logp = logits.log_softmax(-1).gather(-1, targets).squeeze(-1)  # (B, length)
+        lengths, group = torch.full((len(ids),), length), torch.zeros(len(ids)).long()
+        weight = row.normaliser(lengths, group, prompts=1, l_max=length)[:, None]
+        valid = torch.ones_like(logp, dtype=torch.bool)
+        loss, _ = upge_loss(row, logp, valid, A, weight, old_logp=logp.detach())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rewards_seen.append(rewards.mean().item())
+        gated_seen.append(beta.item())
+    assert rewards_seen[0] < 0.3 and sum(rewards_seen[-10:]) / 10 > 0.9
+    assert sum(gated_seen[:10]) > 0 and sum(gated_seen[-10:]) == 0
+
+
+# ---------------------------------------------------------------------------- the table exists once
+
+
+def table_lines():
+    """The lines of TABLE as `python upge.py` prints them."""
+    command = [sys.executable, upge.__file__]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return printed.split("\n\n")[0].splitlines()
+
+
+def test_the_doctest_runs():
+    result = doctest.testmod(upge)
+    assert result.failed == 0 and result.attempted > 15
+
+
+def test_every_row_and_method_is_printed():
+    names = [line.split()[0] for line in table_lines()]
+    assert names == ["row", *TABLE]
+    methods = upge.table_text().split("\n\n")[1].splitlines()
+    assert [line.split()[0] for line in methods] == ["method", *METHODS]
+
+
+def test_the_docstring_has_the_table_that_is_printed():
+    for line in table_lines():
+        assert f"\n    {line}\n" in upge.__doc__
+
+
+def test_the_readme_has_the_table_that_is_printed():
+    readme = Path(upge.__file__).with_name("README.md").read_text()
+    for line in table_lines()[1:]:
+        cells = [cell.replace("|", "\\|") for cell in re.split("  +", line)]
+        assert f"| {' | '.join(cells)} |" in readme
 
 
 def test_methods_of_the_command_line_are_those_of_the_table():
-    for method in METHODS:
-        assert parse_args(["--model", "x", "--method", method]).method == method
-    with pytest.raises(SystemExit):
-        parse_args(["--model", "x", "--method", "dpo"])
+    assert flags.METHODS == list(METHODS)
+    grouped = [name for name, method in METHODS.items() if method.combine == "group"]
+    assert grouped == flags.GROUP_METHODS
