@@ -107,6 +107,7 @@ def direct_gradient(name, batch, A=None):
                 "cispo": lambda: (r.clamp(max=1 + hi).detach() * a * x).sum() / (N * group_tokens),
                 "gspo": lambda: torch.minimum(s * a[0], s.clamp(1 - lo, 1 + hi) * a[0]) / (N * G),
                 "srft_demo": lambda: (a * x.exp()).sum() / (N * G * L_MAX),
+                "offline": lambda: (mine * x.exp() / (x.exp() + g)).sum() / (N * G * L_MAX),
                 "luffy_demo": lambda: (a * x.exp() / (x.exp() + g)).sum() / (N * G * L_MAX),
             }[name]()
         )
@@ -661,7 +662,7 @@ def direct_gradient_of_method(
                 / L
             )
         else:
-            offline = lambda: (with_demo[-1] - with_demo.mean()) * shaped / L
+            offline = lambda: p.demo_reward * shaped / G / L
             loss = (
                 p.beta
                 * {

@@ -264,9 +264,15 @@ def sequences_of_prompt(
     """
     row = TABLE[name]
     is_demo, grouped = row.data == "demo", method.combine == "group"
-    # c_sft balances SFT against RL. If the method has no RL, there is nothing to balance. The other
-    # rows of demonstrations have the scale of an RL row and need no coefficient.
-    coefficient = c_sft if name == "sft" and method.rollouts else 1.0
+    coefficient = 1.0
+    if name == "sft" and method.rollouts:
+        coefficient = (
+            c_sft  # balances SFT against RL; alone, SFT has nothing to be balanced against
+        )
+    elif name == "offline":
+        coefficient = 1 / len(
+            prompt.rollouts
+        )  # it weighs as one rollout of n, as the authors run it
     weight = coefficient * prompt.beta if is_demo else prompt.alpha
     if weight == 0:
         return []

@@ -31,6 +31,7 @@ choice of components (TABLE below holds it, `python upge.py` prints it):
     gspo        rollout  clip(s)   pi_theta/s                     (R - mean)/std      1/(G|y|)
     luffy       rollout  1         pi_old                         R - mean            1/(G L_max)
     luffy_demo  demo     1         (pi_theta+g)^2/g               R - mean            1/(G L_max)
+    offline     demo     1         (pi_theta+g)^2/g               R                   1/(G L_max)
     srft        rollout  1         pi_theta                       (+1 / -1) * 0.1e^H  1/(G L_max)
     srft_sft    demo     1         pi_theta                       (1) * 0.5e^-H       1/(G L_max)
     srft_demo   demo     1         1                              (R - mean)/std      1/(G L_max)
@@ -209,7 +210,7 @@ def adv_one(rewards: Tensor) -> Tensor:
 
 
 def adv_reward(rewards: Tensor) -> Tensor:
-    """A = R. For PPO, `gae` then spreads R over the tokens with the help of a critic."""
+    """A = R. For PPO, `gae` then makes advantages per token of R and a critic's values."""
     check_groups(rewards)
     return rewards
 
@@ -359,6 +360,8 @@ TABLE = {
     # LUFFY's code does not divide A by std, though its paper's text does.
     "luffy":      Row("rollout", stable_always, ref_old,   adv_centred,       per_constant),
     "luffy_demo": Row("demo",    stable_always, ref_luffy, adv_centred,       per_constant),
+    # Offline RL on a demonstration alone: LUFFY's shape, and no group to compare its reward with.
+    "offline":    Row("demo",    stable_always, ref_luffy, adv_reward,        per_constant),
     "srft":       Row("rollout", stable_always, ref_theta, adv_sign,          per_constant,
                       scale=scale_srft),
     "srft_sft":   Row("demo",    stable_always, ref_theta, adv_one,           per_constant,
@@ -396,8 +399,8 @@ METHODS = {
     "srft":      Method("srft",    ("srft_sft", "luffy_demo"), "group"),
     "hpt":       Method("dr_grpo", ("sft",),                   "gate"),
     # The paper's ablation of what a gated prompt trains: SFT and offline RL, or offline RL alone.
-    "hpt_mix":   Method("dr_grpo", ("sft", "luffy_demo"),      "gate"),  # Mix/ON
-    "hpt_off":   Method("dr_grpo", ("luffy_demo",),            "gate"),  # OFF/ON
+    "hpt_mix":   Method("dr_grpo", ("sft", "offline"),         "gate"),  # Mix/ON
+    "hpt_off":   Method("dr_grpo", ("offline",),               "gate"),  # OFF/ON
 }
 # fmt: on
 
