@@ -813,6 +813,7 @@ class Reader:
         return self.signed_atom()
 
     def signed_atom(self):
+        """An atom with or without a minus before it: what an exponent or an argument may be."""
         minus = self.accept("-")
         value = _number(self.atom())
         return -value if minus else value
