@@ -206,7 +206,12 @@ def shard(network: Network, args, device) -> Network:
     for block in blocks:
         fully_shard(block.float(), mesh=mesh, mp_policy=precision)
     fully_shard(network.float(), mesh=mesh, mp_policy=precision)
-    network.optimizer = torch.optim.AdamW(
+    network.optimizer = build_optimizer(network, args)
+    return network
+
+
+def build_optimizer(network: Network, args) -> torch.optim.Optimizer:
+    """AdamW as the paper's authors have it. `Network.step` sets the learning rate."""
+    return torch.optim.AdamW(
         network.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay
     )
-    return network

@@ -306,7 +306,10 @@ def test_gpqa_has_its_choices_lettered(hub):
 
 def test_the_right_choice_of_gpqa_is_at_every_letter():
     rows = [GPQA_ROW | {"Question": f"Which, {i}?"} for i in range(40)]
-    assert {data.from_benchmark("gpqa", row)["answer"] for row in rows} == set("ABCD")
+    problems = [data.from_benchmark("gpqa", row) for row in rows]
+    assert {problem["answer"] for problem in problems} == set("ABCD")
+    for problem in problems:
+        assert f"{problem['answer']}. right" in problem["prompt"].splitlines()
 
 
 def test_the_order_of_gpqa_depends_on_the_question_alone(hub):

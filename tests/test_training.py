@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import train_hpt
-from common import distributed
+from common import distributed, model
 from common.metrics import Counts
 from common.model import Network, Policy
 from rollout import Rollout
@@ -426,9 +426,7 @@ def loop_of_the_trainer(rank, port, path):
     args, cpu = SimpleNamespace(**TWO_STEPS), torch.device("cpu")
     method, lm = METHODS[args.method], tiny_lm()
     policy = fully_shard(Policy(lm, args.temperature, chunk=5))
-    policy.optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=args.weight_decay
-    )
+    policy.optimizer = model.build_optimizer(policy, args)
     for step in (1, 2):
         drawn = draw(problems(), step, args.prompts_per_step, args.seed)
         rollouts = sample_rollouts(TokenSampler(), drawn, step, args)
