@@ -1,21 +1,24 @@
 """What the training loop decides by rule, and two steps of it against a plain loop."""
 
+import copy
 import json
 import math
 import os
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig
 
 import train_hpt
-from common import distributed, model
+from common import distributed, flags
 from common.metrics import Counts
-from common.model import Network, Policy
+from common.model import Network
 from rollout import Rollout
 from test_upge import spawn, tiny_lm
+from toy import make
 from train_hpt import (
     Prompt,
     Sequence,
@@ -109,7 +112,14 @@ class RecordingSampler:
 class RecordingVerifier:
     """Stands in for the verifier: a response is right if it ends with the answer."""
 
-    timeouts = 0
+    def __init__(self, function=None):
+        self.timeouts = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
     def score(self, responses, answers):
         self.timeouts += len(responses)
@@ -360,164 +370,311 @@ def test_a_gradient_that_is_not_finite_changes_nothing(full_tensor, bad):
     assert network.weight.grad is None and not network.optimizer.state
 
 
-# ----------------------------------------------------------- two steps against a plain loop
+# -------------------------------------------------- two steps of `main` against a plain loop
 
-
-TWO_STEPS = {
-    "method": "luffy",
-    "samples_per_prompt": 3,
-    "prompts_per_step": 4,
-    "minibatches_per_step": 2,
-    "seed": 3,
-    "sft_coef": 0.05,
-    "max_response_tokens": 8,
-    "tokens_per_microbatch": 30,
-    "clip_eps": None,
-    "entropy_coef": 0.0,
-    "pi_old": "trainer",
-    "tis_cap": 2.0,
-    "lr": 1e-2,
-    "warmup_steps": 3,
-    "max_grad_norm": 0.02,
-    "weight_decay": 0.1,
-    "temperature": 0.7,
+FLAGS = """
+    --prompts-per-step 4 --samples-per-prompt 3 --minibatches-per-step 2 --steps 2 --seed 3
+    --temperature 0.7 --max-prompt-tokens 8 --max-response-tokens 8 --tokens-per-microbatch 30
+    --gamma 0.34 --sft-coef 0.5 --lr 1e-2 --warmup-steps 3 --max-grad-norm 0.02 --weight-decay 0.1
+    --save-every 1 --eval-samples 2 --data made-up.jsonl --eval-data made-up.jsonl
+"""
+METHOD_FLAGS = {
+    "luffy": [],
+    "hpt_mix": ["--probe-gradients", "2"],
+    "ppo": ["--critic-lr", "3e-2"],
 }
 
 
 class TokenSampler:
-    """Stands in for the sampler: responses that depend on the seed alone."""
+    """Stands in for rollout.Sampler: tokens that depend on the seed alone. It remembers its calls.
+
+    A response is right, that is to say its text is "1", if its first token is odd.
+    """
 
     tensor_parallel = 1
 
+    def __init__(self, model, *, config_overrides, **settings):
+        self.settings, self.calls, self.loaded = settings, [], []
+
+    def load(self, named_tensors):
+        self.calls.append("load")
+        self.loaded.append({name: tensor.clone() for name, tensor in named_tensors})
+
+    def sleep(self):
+        self.calls.append("sleep")
+
+    def close(self):
+        self.calls.append("close")
+
     def generate(self, prompts, seeds, n, label=None):
-        return [self.group(seed, n) for seed in seeds]
+        self.calls.append("generate")
+        return [responses_of(seed, n) for seed in seeds]
 
-    def group(self, seed, n):
-        g = torch.Generator().manual_seed(seed % 2**31)
-        group = []
-        for _ in range(n):
-            ids = torch.randint(3, 32, (int(torch.randint(2, 6, (1,), generator=g)),), generator=g)
-            right = str(int(ids[0]) % 2)
-            group.append(Rollout(ids.tolist(), [-3.0] * len(ids), False, right))
-        return group
+    def stream(self, prompts, seeds, n):
+        self.calls.append("evaluate")
+        yield from enumerate(responses_of(seed, n) for seed in seeds)
 
 
-def problems():
+def responses_of(seed, n):
+    g = torch.Generator().manual_seed(seed % 2**31)
+    responses = []
+    for _ in range(n):
+        length = int(torch.randint(2, 6, (1,), generator=g))
+        ids = torch.randint(3, 32, (length,), generator=g).tolist()
+        responses.append(Rollout(ids, [-3.0] * length, False, str(ids[0] % 2)))
+    return responses
+
+
+def made_up_problems():
+    """Six problems; every other demonstration is wrong."""
     g = torch.Generator().manual_seed(1)
     made = []
     for i in range(6):
         demo = torch.randint(3, 32, (4 + i % 3,), generator=g).tolist()
-        made.append(
-            {
-                "prompt_ids": [3 + i, 4],
-                "demo_ids": demo,
-                "answer": "1",
-                "demonstration": str(i % 2),  # every other demonstration is wrong
-            }
-        )
+        problem = {"prompt": "q", "prompt_ids": [3 + i, 4], "demo_ids": demo, "answer": "1"}
+        made.append(problem | {"demonstration": str(i % 2)})
     return made
 
 
-def loop_of_the_trainer(rank, port, path):
-    """Two steps through the functions that `main` calls, on one rank."""
+def made_up_inputs(args, method):
+    """Stands in for train_hpt.load_inputs."""
+    config = AutoConfig.from_pretrained(args.model)
+    return train_hpt.Inputs(
+        make.tokenizer(), config, made_up_problems(), "", made_up_problems(), ""
+    )
+
+
+def run_main(rank, folder):
+    """In a process of its own: `main` with each method; stand-ins sample, grade and load."""
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
-    args, cpu = SimpleNamespace(**TWO_STEPS), torch.device("cpu")
-    method, lm = METHODS[args.method], tiny_lm()
-    policy = fully_shard(Policy(lm, args.temperature, chunk=5))
-    policy.optimizer = model.build_optimizer(policy, args)
+    torch.cuda.is_available = lambda: False
+    # The trainer's float32 would hide small faults: compare in float64.
+    torch.nn.Module.float = torch.nn.Module.double
+    tiny_lm().save_pretrained(folder / "base")
+    for method, more in METHOD_FLAGS.items():
+        out = folder / method
+        words = ["--model", str(folder / "base"), "--method", method, "--out", str(out)]
+        args = flags.parse_training_args([*FLAGS.split(), *words, *more])
+        samplers = []
+
+        def make_sampler(model, **settings):
+            samplers.append(TokenSampler(model, **settings))
+            return samplers[-1]
+
+        with (
+            mock.patch("rollout.Sampler", make_sampler),
+            mock.patch("reward.Verifier", RecordingVerifier),
+            mock.patch("train_hpt.load_inputs", made_up_inputs),
+            mock.patch("train_hpt.print_plan"),
+            mock.patch("common.report.closing_table"),
+        ):
+            train_hpt.main(args)
+        dist.destroy_process_group()
+        [sampler] = samplers
+        seen = {"calls": sampler.calls, "loaded": sampler.loaded, "settings": sampler.settings}
+        torch.save(seen, out / "seen.pt")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{method: what the sampler saw, "metrics": lines of metrics.jsonl, "out": the directory}."""
+    folder = tmp_path_factory.mktemp("main")
+    spawn(run_main, folder)
+    seen = {}
+    for method in METHOD_FLAGS:
+        lines = (folder / method / "metrics.jsonl").read_text().splitlines()
+        seen[method] = torch.load(folder / method / "seen.pt")
+        seen[method] |= {"metrics": list(map(json.loads, lines)), "out": folder / method}
+    return seen
+
+
+def log_probabilities(lm, prompt, response, temperature):
+    """(n,) of a response, with plain transformers."""
+    logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    logp = (logits / temperature).log_softmax(-1)
+    return logp.gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+def luffy_by_hand(demo_logp, ratios, rewards, demo_reward, c_sft, gamma):
+    """LUFFY's objective of one prompt: the demonstration is one more member of the group."""
+    mean = (sum(rewards) + demo_reward) / (len(rewards) + 1)
+    shaped = demo_logp.exp() / (demo_logp.exp() + 0.1)
+    objective = (demo_reward - mean) * shaped.sum() / 3 / 8
+    for ratio, reward in zip(ratios, rewards, strict=True):
+        objective = objective + (reward - mean) * ratio.sum() / 3 / 8
+    return objective
+
+
+def hpt_mix_by_hand(demo_logp, ratios, rewards, demo_reward, c_sft, gamma):
+    """HPT Mix/ON of one prompt: SFT and offline RL on the demonstration, or Dr. GRPO."""
+    if sum(rewards) / 3 <= gamma:
+        shaped = demo_logp.exp() / (demo_logp.exp() + 0.1)
+        return c_sft * demo_logp.mean() + demo_reward * shaped.sum() / 3 / 8
+    mean, objective = sum(rewards) / 3, 0.0
+    for ratio, reward in zip(ratios, rewards, strict=True):
+        A = reward - mean
+        objective = objective + torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A).sum() / 3 / 8
+    return objective
+
+
+BY_HAND = {"luffy": (luffy_by_hand, 2), "hpt_mix": (hpt_mix_by_hand, 3)}  # with rollouts per prompt
+
+
+def plain_loop(
+    method,
+    lr=1e-2,
+    max_norm=0.02,
+    warmup=3,
+    decay=0.1,
+    temperature=0.7,
+    graded=True,
+    c_sft=0.5,
+    gamma=0.34,
+    beta2=0.999,
+    stale_by_update=False,
+):
+    """The same two steps with plain torch and transformers: the weights after 0, 1 and 2 steps."""
+    lm, updates = tiny_lm(), 0
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1.0, betas=(0.9, beta2), weight_decay=decay)
+    objective, n = BY_HAND[method]
+    history = [copy.deepcopy(dict(lm.named_parameters()))]
     for step in (1, 2):
-        drawn = draw(problems(), step, args.prompts_per_step, args.seed)
-        rollouts = sample_rollouts(TokenSampler(), drawn, step, args)
-        counts = Counts()
-        rewards, demo_rewards = grade(RecordingVerifier(), drawn, rollouts, method, counts)
-        alpha, beta = apply_gate(rewards, method, args)
-        prompts = list(map(Prompt, drawn, rollouts, rewards, demo_rewards, alpha, beta))
-        minibatches = []
-        for chunk in split_prompts(prompts, args.minibatches_per_step, args.seed, step):
-            minibatches.append(train_hpt.build_micro_batches(chunk, method, args, cpu))
-        train_hpt.old_policy_pass(policy, None, minibatches, args, counts)
-        for i, micro_batches in enumerate(minibatches):
-            updates_before = (step - 1) * args.minibatches_per_step + i
-            train_hpt.update(policy, None, micro_batches, updates_before, args, counts)
-    torch.save({name: p.full_tensor() for name, p in lm.named_parameters()}, path)
-    dist.destroy_process_group()
-
-
-def plain_loop(lr=1e-2, clip=0.02, warmup=3, decay=0.1, temperature=0.7, graded=True):
-    """The same two steps of LUFFY, written out with plain torch and transformers."""
-    lm = tiny_lm()
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=decay)
-
-    def log_probabilities(prompt, response):
-        logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        logp = (logits / temperature).log_softmax(-1)
-        return logp.gather(-1, torch.tensor(response)[:, None])[:, 0]
-
-    updates = 0
-    for step in (1, 2):
-        order = []
+        drawn = []
         for place in range((step - 1) * 4, step * 4):
             epoch, position = divmod(place, 6)
-            order.append(problems()[distributed.shuffled(6, 3, "epoch", epoch)[position]])
-        groups = [
-            TokenSampler().group(distributed.derive_seed(3, step, i), 2) for i in range(len(order))
-        ]
-        with torch.no_grad():
-            old = [
-                [log_probabilities(p["prompt_ids"], r.ids) for r in group]
-                for p, group in zip(order, groups)
-            ]
+            order = distributed.shuffled(6, 3, "epoch", epoch)
+            drawn.append(made_up_problems()[order[position]])
+        groups = [responses_of(distributed.derive_seed(3, step, i), n) for i in range(4)]
+        old = old_log_probabilities(lm, drawn, groups, temperature)
         shuffle = distributed.shuffled(4, 3, "mini-batches", step)
         for chunk in (shuffle[0::2], shuffle[1::2]):
+            if stale_by_update:
+                old = old_log_probabilities(lm, drawn, groups, temperature)
             loss = 0.0
             for q in chunk:
-                p, group = order[q], groups[q]
-                demo_reward = float(p["demonstration"] == "1") if graded else 1.0
-                R = [float(r.text == "1") for r in group] + [demo_reward]
-                mean = sum(R) / 3
-                for r, reward, old_logp in zip(group, R, old[q]):
-                    ratio = (log_probabilities(p["prompt_ids"], r.ids) - old_logp).exp()
-                    loss = loss - (reward - mean) * ratio.sum() / (2 * 3 * 8)
-                pi = log_probabilities(p["prompt_ids"], p["demo_ids"]).exp()
-                loss = loss - (R[-1] - mean) * (pi / (pi + 0.1)).sum() / (2 * 3 * 8)
+                prompt, demo = drawn[q]["prompt_ids"], drawn[q]["demo_ids"]
+                ratios = []
+                for r, old_logp in zip(groups[q], old[q], strict=True):
+                    ratios.append(
+                        (log_probabilities(lm, prompt, r.ids, temperature) - old_logp).exp()
+                    )
+                rewards = [float(r.text == "1") for r in groups[q]]
+                demo_reward = float(drawn[q]["demonstration"] == "1") if graded else 1.0
+                demo_logp = log_probabilities(lm, prompt, demo, temperature)
+                loss = loss - objective(demo_logp, ratios, rewards, demo_reward, c_sft, gamma) / 2
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(lm.parameters(), clip)
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), max_norm)
             updates += 1
             optimizer.param_groups[0]["lr"] = lr * min(1.0, updates / warmup)
             optimizer.step()
             optimizer.zero_grad()
-    return dict(lm.named_parameters())
+        history.append(copy.deepcopy(dict(lm.named_parameters())))
+    return history
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    path = tmp_path_factory.mktemp("two_steps") / "weights.pt"
-    spawn(loop_of_the_trainer, distributed.free_port(), path)
-    return torch.load(path)
+@torch.no_grad()
+def old_log_probabilities(lm, drawn, groups, temperature):
+    old = []
+    for problem, group in zip(drawn, groups, strict=True):
+        prompt = problem["prompt_ids"]
+        old.append([log_probabilities(lm, prompt, r.ids, temperature) for r in group])
+    return old
 
 
-def largest_difference(a, b):
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+def largest_difference(given, wanted):
+    """Between the weights that the sampler was given and those of the plain loop."""
+    return max((given[name] - wanted[name].detach()).abs().max().item() for name in wanted)
 
 
-def test_two_steps_are_those_of_a_plain_loop(trained):
-    assert largest_difference(trained, plain_loop()) < 1e-6
+@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_the_sampler_gets_the_weights_of_a_plain_loop(runs, method, steps):
+    wanted = plain_loop(method)[steps]
+    assert largest_difference(runs[method]["loaded"][steps], wanted) < 1e-6
 
 
 @pytest.mark.parametrize(
-    "change",
+    "method, change",
     [
-        {"lr": 1.1e-2},
-        {"clip": math.inf},
-        {"warmup": 1},
-        {"decay": 0.0},
-        {"temperature": 1.0},
-        {"graded": False},
+        ("luffy", {"lr": 1.1e-2}),
+        ("luffy", {"max_norm": math.inf}),
+        ("luffy", {"warmup": 1}),
+        ("luffy", {"warmup": 4}),
+        ("luffy", {"decay": 0.0}),
+        ("luffy", {"decay": 0.01}),
+        ("luffy", {"beta2": 0.95}),
+        ("luffy", {"temperature": 1.0}),
+        ("luffy", {"graded": False}),
+        ("luffy", {"stale_by_update": True}),
+        ("hpt_mix", {"graded": False}),
+        ("hpt_mix", {"c_sft": 0.05}),
+        ("hpt_mix", {"gamma": 0.0}),
     ],
 )
-def test_a_plain_loop_that_differs_ends_elsewhere(trained, change):
+def test_a_plain_loop_that_differs_ends_elsewhere(runs, method, change):
     """Negative controls of the test above."""
-    assert largest_difference(trained, plain_loop(**change)) > 1e-5
+    wanted = plain_loop(method, **change)[2]
+    assert largest_difference(runs[method]["loaded"][2], wanted) > 1e-5
+
+
+def test_the_sampler_sleeps_while_the_trainer_works(runs):
+    step = ["generate", "sleep", "load"]
+    wanted = ["sleep", "load", "evaluate", *step, *step, "evaluate", "close"]
+    assert runs["luffy"]["calls"] == wanted
+
+
+def test_the_sampler_has_the_settings_of_the_flags(runs):
+    settings = runs["luffy"]["settings"]
+    assert settings["temperature"] == 0.7 and settings["seed"] == 3
+    assert settings["max_prompt_tokens"] == settings["max_response_tokens"] == 8
+
+
+def test_evaluation_and_checkpoints_have_flags_of_their_own(runs):
+    """--eval-every is 0: before and after; --save-every is 1."""
+    evaluated = [line["step"] for line in runs["luffy"]["metrics"] if "eval/avg@2" in line]
+    saved = sorted(path.parent.name for path in runs["luffy"]["out"].glob("*/model.safetensors"))
+    assert evaluated == [0, 2] and saved == ["final", "step_000001"]
+
+
+def test_every_evaluation_samples_with_the_same_seeds(runs):
+    """The stand-in's responses depend on the seeds alone, so its accuracy does not change."""
+    scores = [m["eval/avg@2"] for m in runs["luffy"]["metrics"] if "eval/avg@2" in m]
+    assert scores[0] == scores[1] and 0 < scores[0] < 1
+
+
+def test_the_logged_rate_is_that_of_the_steps_last_update(runs):
+    rates = [line["optim/lr"] for line in runs["luffy"]["metrics"] if line["step"] > 0]
+    assert rates == pytest.approx([1e-2 * 2 / 3, 1e-2])
+
+
+def test_gradients_are_probed_when_the_flag_says_so(runs):
+    probed = [any(k.startswith("probe/") for k in line) for line in runs["hpt_mix"]["metrics"]]
+    assert probed == [False, False, True]
+
+
+def test_samples_say_what_the_gate_chose(runs):
+    lines = (runs["hpt_mix"]["out"] / "samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 6 and {row["trained_on"] for row in rows} == {"rollouts", "demonstration"}
+    assert all((row["trained_on"] == "demonstration") == (row["P"] <= 0.34) for row in rows)
+
+
+def test_the_metrics_count_every_trained_token_once(runs):
+    """LUFFY trains on all: two rollouts and the demonstration of four prompts."""
+    for step in (1, 2):
+        problems = draw(made_up_problems(), step, 4, seed=3)
+        tokens, loaded = 0, runs["luffy"]["metrics"][step]
+        for i, problem in enumerate(problems):
+            group = responses_of(distributed.derive_seed(3, step, i), 2)
+            responses = [r.ids for r in group] + [problem["demo_ids"]]
+            tokens += sum(len(problem["prompt_ids"]) + len(ids) for ids in responses)
+        got = loaded["perf/train_tokens_per_sec"] * loaded["time/train"]
+        assert got == pytest.approx(tokens)
+
+
+def test_ppos_critic_starts_at_0_and_is_saved(runs):
+    first, second = runs["ppo"]["metrics"][1:]
+    assert first["critic/explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert abs(second["critic/explained_variance"]) > 1e-3
+    assert (runs["ppo"]["out"] / "final/critic/model.safetensors").exists()
+    assert not (runs["luffy"]["out"] / "final/critic").exists()
