@@ -1038,10 +1038,18 @@ def test_flat_rewards_are_an_error(name):
     assert TABLE[name].advantage(torch.tensor([[1.0, 0.0, 1.0]])).shape == (1, 3)
 
 
-def test_a_clip_range_of_0_is_not_the_default(batch):
-    _, clipped = call("grpo", batch, eps=(0.0, 0.0))
+@pytest.mark.parametrize("eps", [0, 0.0, (0.0, 0.0)])
+def test_a_clip_range_of_0_is_not_the_default(batch, eps):
+    _, clipped = call("grpo", batch, eps=eps)
     _, default = call("grpo", batch)
     assert clipped.sum() < default.sum()
+
+
+def test_one_number_is_a_clip_range_on_both_sides(batch):
+    _, one = call("grpo", batch, eps=0.1)
+    _, both = call("grpo", batch, eps=(0.1, 0.1))
+    _, other = call("grpo", batch, eps=(0.1, 0.3))  # negative control
+    assert one.equal(both) and not one.equal(other)
 
 
 @pytest.mark.parametrize("name", TABLE)

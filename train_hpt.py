@@ -496,7 +496,6 @@ def update(policy, critic, micro_batches, updates_before: int, args, counts) -> 
 
 def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -> None:
     """Add the gradient of L over this rank's micro-batches; FSDP sums it over the ranks."""
-    eps = None if args.clip_eps is None else (args.clip_eps, args.clip_eps)
     for m in distributed.progress_bar("update", items=micro_batches):
         row = TABLE[m.row]
         bonus = args.entropy_coef if m.is_rollouts else 0.0
@@ -508,7 +507,7 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
         else:
             valid = torch.ones_like(m.seq, dtype=torch.bool)  # packed: no padding
             loss, stable = upge_loss(
-                row, logp, valid, m.advantage, m.weight, m.old_logp, m.seq, eps, entropy
+                row, logp, valid, m.advantage, m.weight, m.old_logp, m.seq, args.clip_eps, entropy
             )
             if m.is_rollouts:
                 counts.add_rollouts(loss, logp, m.old_logp, stable)

@@ -460,7 +460,7 @@ def upge_loss(
     weight: Tensor,
     old_logp: Tensor | None = None,
     seq: Tensor | None = None,
-    eps: tuple[float, float] | None = None,
+    eps: float | tuple[float, float] | None = None,
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The surrogate loss, whose gradient is the policy gradient of `row`.
@@ -477,7 +477,7 @@ def upge_loss(
         old_logp: log pi_old, shape of logp. ppo, grpo, dr_grpo, dapo, cispo, gspo, luffy need it.
         seq: int64, shape of logp, the sequence of each token. Packed gspo, srft and srft_sft need
             it. If logp has several rows, each row is a sequence.
-        eps: clip range (below, above), in place of the row's own.
+        eps: clip range in place of the row's own: one number, or (below, above).
         entropy: entropy of pi_theta in nats, shape of logp. srft and srft_sft need it.
 
     Returns:
@@ -499,6 +499,7 @@ def upge_loss(
             entropy = entropy.to(logp.dtype)
         A = torch.where(valid, advantage, 0)
         eps = row.eps if eps is None else eps
+        eps = eps if isinstance(eps, tuple) else (eps, eps)
         t = Tokens(logp.detach(), A, valid, eps, old_logp, seq, entropy)
         log_ref = row.log_ref(t)
         stable = row.stable(t)
