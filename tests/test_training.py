@@ -28,8 +28,11 @@ from train_hpt import (
     draw,
     grade,
     is_due,
+    needs_critic,
+    plan_micro_batches,
     sample_rollouts,
     split_prompts,
+    update,
     warmed_up,
 )
 from upge import METHODS
@@ -183,6 +186,20 @@ def test_demonstrations_are_not_graded_if_their_reward_does_not_matter(method):
     assert demo_rewards == [1.0, 1.0] and counts.timeouts == 6  # the stand-in counts calls
 
 
+def test_timeouts_of_earlier_steps_are_not_counted_again():
+    verifier, counts = RecordingVerifier(), Counts()
+    verifier.timeouts = 100
+    rollouts = [[Rollout([], [], False, "1")]]
+    grade(verifier, [{"answer": "1"}], rollouts, METHODS["grpo"], counts)
+    assert counts.timeouts == 1
+
+
+def test_without_rollouts_nothing_is_graded():
+    problems = [{"answer": "1", "demonstration": "is 9"}] * 2
+    rewards, demo_rewards = grade(RecordingVerifier(), problems, [[], []], METHODS["sft"], Counts())
+    assert rewards == [[], []] and demo_rewards == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     "method, gate, gamma, wanted",
     [
@@ -216,6 +233,22 @@ def test_weights_of_a_step_by_hand():
     assert [s.advantage for s in by_row["dr_grpo"]] == [0.5, -0.5]
     assert [s.weight for s in by_row["sft"]] == pytest.approx([0.05 / 2 / 4])
     assert [(s.prompt_index, s.is_demo) for s in by_row["sft"]] == [(1, True)]
+
+
+def test_alpha_and_beta_between_0_and_1_weigh_rollouts_and_demonstration():
+    by_row = build_sequences([one_prompt(0.25, 0.75)], METHODS["hpt"], 0.05, 8)
+    assert [s.weight for s in by_row["dr_grpo"]] == pytest.approx([0.25 / 2 / 8] * 2)
+    assert [s.weight for s in by_row["sft"]] == pytest.approx([0.75 * 0.05 / 4])
+
+
+def test_in_a_group_each_row_trains_its_own_members():
+    """LUFFY: three members, of which the demonstration has its own row; rewards 1, 0, 1."""
+    by_row = build_sequences([one_prompt(1, 1)], METHODS["luffy"], 0.05, 8)
+    assert [s.is_demo for s in by_row["luffy"]] == [False, False]
+    assert [s.is_demo for s in by_row["luffy_demo"]] == [True]
+    advantages = [s.advantage for s in by_row["luffy"] + by_row["luffy_demo"]]
+    assert advantages == pytest.approx([1 / 3, -2 / 3, 1 / 3])
+    assert {s.weight for row in by_row.values() for s in row} == {1 / 3 / 8}
 
 
 def test_sft_alone_has_no_coefficient():
@@ -257,7 +290,58 @@ def test_the_part_of_one_prompt_is_what_that_prompt_alone_would_be():
     assert collate("grpo", steps, "cpu").only(7).is_filler
 
 
+def of_lengths(lengths):
+    """Sequences of these total lengths."""
+    return [Sequence([1], [1] * (n - 1), False, 0, 0.0) for n in lengths]
+
+
+def planned_lengths(lengths, ranks, budget):
+    """For each rank, the lengths in each of its micro-batches."""
+    plan = plan_micro_batches(of_lengths(lengths), ranks, budget)
+    return [[[len(s.response) + 1 for s in batch] for batch in rank] for rank in plan]
+
+
+def test_micro_batches_are_as_large_as_the_budget_allows():
+    assert planned_lengths([10] * 7, 1, 30) == [[[10] * 3, [10] * 3, [10]]]
+    assert planned_lengths([10] * 7, 1, 29) == [[[10] * 2, [10] * 2, [10] * 2, [10]]]
+
+
+def test_the_budget_is_for_padded_tokens():
+    """Three tokens beside ten take ten."""
+    assert planned_lengths([3, 10, 3], 1, 20) == [[[10, 3], [3]]]
+
+
+def test_a_sequence_longer_than_the_budget_is_alone():
+    assert planned_lengths([3, 50, 3], 1, 6) == [[[50], [3, 3]]]
+
+
+def test_ranks_have_equally_many_micro_batches():
+    """The longest sequence weighs as much as the other three, which fit into one micro-batch."""
+    assert planned_lengths([9, 3, 3, 3], 2, 9) == [[[9]], [[3, 3, 3]]]
+    assert planned_lengths([9, 3, 3, 3], 2, 5) == [[[9], [], []], [[3], [3], [3]]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_loads_of_ranks_differ_by_at_most_the_longest_sequence(ranks):
+    lengths = torch.randint(2, 60, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    loads = [sum(map(sum, rank)) for rank in planned_lengths(lengths, ranks, 100)]
+    assert sum(loads) == sum(lengths) and max(loads) - min(loads) <= max(lengths)
+    by_count = [sum(sorted(lengths)[i * 40 // ranks : (i + 1) * 40 // ranks]) for i in range(ranks)]
+    assert max(by_count) - min(by_count) > max(lengths)  # negative control
+
+
 # ------------------------------------------------------------------------------- ranks and counts
+
+
+def test_seeds_are_the_same_on_every_machine():
+    """Python's own hash() of a text differs from process to process."""
+    assert distributed.derive_seed(0, "epoch", 1) == 1015812230810940544
+    assert distributed.shuffled(6, 0, "epoch", 1) == [1, 5, 0, 2, 4, 3]
+
+
+def test_a_seed_fits_into_63_bits():
+    seeds = [distributed.derive_seed(i) for i in range(100)]
+    assert max(seeds) < 2**62 and min(seeds) >= 0 and len(set(seeds)) == 100
 
 
 def totals_on_ranks(rank, port, path):
@@ -368,6 +452,33 @@ def test_a_gradient_that_is_not_finite_changes_nothing(full_tensor, bad):
     network, norm = stepped([bad, 1.0])
     assert network.weight.tolist() == [1.0, 1.0] and not math.isfinite(norm)
     assert network.weight.grad is None and not network.optimizer.state
+
+
+class RecordingNetwork:
+    """Stands in for a policy or a critic: remembers its optimizer steps, (rate, largest norm)."""
+
+    def __init__(self):
+        self.steps = []
+
+    def step(self, lr, max_norm):
+        self.steps.append((lr, max_norm))
+        return 7.0 + len(self.steps)
+
+
+def test_policy_and_critic_step_together_each_at_its_own_rate():
+    policy, critic, counts = RecordingNetwork(), RecordingNetwork(), Counts()
+    args = arguments(lr=1.0, critic_lr=10.0, warmup_steps=4, max_grad_norm=0.5, value_clip=0.2)
+    args.clip_eps, args.entropy_coef = None, 0.0
+    for updates_before in (0, 1, 9):
+        update(policy, critic, [], updates_before, args, counts)
+    assert policy.steps == [(0.25, 0.5), (0.5, 0.5), (1.0, 0.5)]
+    assert critic.steps == [(2.5, 0.5), (5.0, 0.5), (10.0, 0.5)]
+    assert counts.grad_norms == counts.critic_norms == [8.0, 9.0, 10.0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ppo_alone_needs_a_critic(method):
+    assert needs_critic(METHODS[method]) == (method == "ppo")
 
 
 # -------------------------------------------------- two steps of `main` against a plain loop
