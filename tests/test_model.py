@@ -1,16 +1,18 @@
 """The policy and the critic: log-probabilities, temperature, soft-cap, weights, checkpoints."""
 
-import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common import distributed, model
 from common.model import Critic, Policy
 from test_upge import spawn, tiny_critic, tiny_lm
+from toy import make
 
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 0]])
 RESPONSE = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 0]]).bool()
@@ -35,14 +37,25 @@ def test_logits_are_divided_by_the_temperature(temperature):
     assert not torch.allclose(got, other, atol=1e-4)
 
 
-def test_chunks_do_not_change_the_result_or_the_gradient():
-    gradients = []
-    for chunk in (1, 4, 1000):
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_chunks_do_not_change_log_probabilities_entropies_or_gradient(chunk):
+    results = []
+    for size in (chunk, 1000):
         lm = tiny_lm()
-        logp, _ = Policy(lm, 1.0, chunk)(IDS, RESPONSE)
+        logp, entropy = Policy(lm, 0.7, size)(IDS, RESPONSE, with_entropy=True)
         logp.sin().sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in lm.parameters()]))
-    assert torch.allclose(gradients[0], gradients[1]) and torch.allclose(*gradients[1:])
+        gradient = torch.cat([p.grad.flatten() for p in lm.parameters()])
+        results.append((logp, entropy, gradient))
+    assert all(torch.allclose(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_log_probabilities_of_a_bfloat16_model_are_float32():
+    logp, entropy = Policy(tiny_lm().bfloat16(), 1.0)(IDS, RESPONSE, with_entropy=True)
+    assert logp.dtype == entropy.dtype == torch.float32
+
+
+def test_values_of_a_bfloat16_critic_are_float32():
+    assert Critic(tiny_critic().bfloat16())(IDS, RESPONSE).dtype == torch.float32
 
 
 def test_without_a_wish_for_it_there_is_no_entropy():
@@ -94,42 +107,151 @@ def test_the_critic_reads_the_state_before_each_token():
     assert not torch.allclose(Critic(lm)(IDS, RESPONSE), values[RESPONSE])  # negative control
 
 
-def save_and_weights(rank, port, tied, folder):
-    """In two processes: shard a model, save it, and list what the sampler would be given."""
-    from transformers import AutoConfig
+# ------------------------------------------- sharded over two ranks, given away, saved and read
 
-    from toy.make import tokenizer
 
+def flags_of(directory, critic=None):
+    return SimpleNamespace(
+        model=directory,
+        critic=critic,
+        temperature=0.7,
+        gradient_checkpointing=True,
+        lr=0.1,
+        weight_decay=0.3,
+    )
+
+
+def save_bases(folder):
+    """Checkpoints in bfloat16, as most on the hub are: tied and untied embeddings."""
+    for name, tied in (("tied", True), ("untied", False)):
+        config = tiny_lm().config
+        config.tie_word_embeddings = tied
+        torch.manual_seed(1)
+        lm = AutoModelForCausalLM.from_config(config).bfloat16()
+        lm.generation_config.max_length = 77
+        lm.save_pretrained(folder / name)
+
+
+def build_and_save(rank, port, folder):
+    """In two processes: build policy and critic from checkpoints, save them, note what they are."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    lm = tiny_lm().float()
-    if not tied:
-        config = AutoConfig.for_model(**lm.config.to_dict() | {"tie_word_embeddings": False})
-        torch.manual_seed(1)
-        lm = type(lm)(config)
-    whole = {name: p.detach().clone() for name, p in lm.named_parameters(remove_duplicate=False)}
-    policy = fully_shard(Policy(lm, 1.0))
-    given = dict(policy.weights())
-    policy.save(folder / "saved", tokenizer())
+    cpu, facts = torch.device("cpu"), {}
+    for name in ("tied", "untied"):
+        config = AutoConfig.from_pretrained(folder / name)
+        policy = model.build_policy(flags_of(folder / name), config, cpu)
+        facts[name] = facts_of(policy) | {"temperature": policy.temperature}
+        policy.save(folder / f"{name}-saved", make.tokenizer())
+    critic = model.build_critic(flags_of(folder / "tied"), config, cpu)
+    facts["critic"] = facts_of(critic)
+    with torch.no_grad():
+        critic.lm.score.weight.add_(0.5)
+        critic.lm.score.bias.add_(0.25)
+    critic.save(folder / "critic-saved", make.tokenizer())
+    dist.barrier()  # rank 0 alone writes
+    restored = model.build_critic(flags_of(folder / "tied", folder / "critic-saved"), config, cpu)
+    facts["restored critic"] = facts_of(restored)
     if rank == 0:
-        same = all(torch.equal(whole[name], given[name]) for name in whole)
-        (folder / "given.json").write_text(json.dumps([same, sorted(given)]))
-        torch.save(whole, folder / "whole.pt")
+        torch.save(facts, folder / "facts.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_weights_reach_sampler_and_checkpoint_whole(tmp_path, tied):
-    from transformers import AutoModelForCausalLM
+def facts_of(network):
+    return {
+        "weights": dict(network.weights()),
+        "dtypes": {str(p.dtype) for p in network.parameters()},
+        "shares": {p.to_local().shape[0] < p.shape[0] for p in network.parameters() if len(p) > 1},
+        "units": [type(m).__name__ for m in network.modules() if isinstance(m, FSDPModule)],
+        "checkpointing": network.lm.is_gradient_checkpointing and network.lm.training,
+        "settings": {k: network.optimizer.defaults[k] for k in ("lr", "betas", "weight_decay")},
+        "parameters": network.num_parameters(),
+    }
 
-    spawn(save_and_weights, distributed.free_port(), tied, tmp_path, processes=2)
-    same, names = json.loads((tmp_path / "given.json").read_text())
-    assert same and "lm_head.weight" in names and "model.embed_tokens.weight" in names
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    whole = torch.load(tmp_path / "whole.pt")
-    assert loaded.config.tie_word_embeddings == tied
-    for name, parameter in loaded.named_parameters():
-        assert torch.equal(parameter, whole[name]), name
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The directory of bases and of what was saved, and the facts of each network."""
+    folder = tmp_path_factory.mktemp("model")
+    save_bases(folder)
+    spawn(build_and_save, distributed.free_port(), folder, processes=2)
+    return folder, torch.load(folder / "facts.pt")
+
+
+def whole_weights(directory, **settings):
+    lm = AutoModelForCausalLM.from_pretrained(directory, **settings)
+    return lm, dict(lm.named_parameters(remove_duplicate=False))
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_the_sampler_is_given_every_weight_whole_and_under_each_name(saved, name):
+    folder, facts = saved
+    given, (_, wanted) = facts[name]["weights"], whole_weights(folder / name, dtype=torch.float32)
+    assert given.keys() == wanted.keys() and "lm_head.weight" in given
+    assert all(torch.equal(given[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_a_saved_policy_is_a_plain_model_with_the_same_weights(saved, name):
+    folder, _ = saved
+    (old_lm, old), (lm, new) = whole_weights(folder / name), whole_weights(folder / f"{name}-saved")
+    assert lm.config.tie_word_embeddings == old_lm.config.tie_word_embeddings == (name == "tied")
+    assert old.keys() == new.keys() and all(torch.equal(old[key].float(), new[key]) for key in old)
+
+
+def test_a_saved_policy_keeps_its_generation_config_and_has_a_tokenizer(saved):
+    lm, _ = whole_weights(saved[0] / "tied-saved")
+    assert lm.generation_config.max_length == 77
+    tokenizer = AutoTokenizer.from_pretrained(saved[0] / "tied-saved")
+    assert tokenizer.encode("1+2") == make.tokenizer().encode("1+2")
+
+
+@pytest.mark.parametrize("name", ["tied", "critic"])
+def test_master_weights_are_float32_whatever_the_checkpoint_is(saved, name):
+    assert saved[1][name]["dtypes"] == {"torch.float32"}
+
+
+@pytest.mark.parametrize("name", ["tied", "critic"])
+def test_every_block_and_every_parameter_is_sharded(saved, name):
+    root = "FSDPCritic" if name == "critic" else "FSDPPolicy"
+    assert saved[1][name]["units"] == [root, "FSDPQwen2DecoderLayer", "FSDPQwen2DecoderLayer"]
+    assert saved[1][name]["shares"] == {True}
+
+
+@pytest.mark.parametrize("name", ["tied", "critic"])
+def test_gradient_checkpointing_is_on_if_the_flag_says_so(saved, name):
+    assert saved[1][name]["checkpointing"]
+
+
+@pytest.mark.parametrize("name", ["tied", "critic"])
+def test_the_optimizer_has_the_settings_of_the_flags(saved, name):
+    wanted = {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.3}
+    assert saved[1][name]["settings"] == wanted
+
+
+def test_the_policy_has_the_temperature_of_the_flags(saved):
+    assert saved[1]["tied"]["temperature"] == 0.7
+
+
+def test_shards_are_counted_as_whole_parameters(saved):
+    folder, facts = saved
+    lm, _ = whole_weights(folder / "tied")
+    assert facts["tied"]["parameters"] == sum(p.numel() for p in lm.parameters())
+
+
+def test_a_new_critic_is_the_base_model_and_values_all_states_at_0(saved):
+    folder, facts = saved
+    given, (_, base) = facts["critic"]["weights"], whole_weights(folder / "tied")
+    assert not given["score.weight"].any() and not given["score.bias"].any()
+    key = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(given[key], base[key].float())
+
+
+def test_a_saved_critic_is_restored_with_its_head(saved):
+    given = saved[1]["restored critic"]["weights"]
+    assert (given["score.weight"] == 0.5).all() and (given["score.bias"] == 0.25).all()
+
+
+# --------------------------------------------------------------------- critics that cannot be made
 
 
 def test_a_family_without_a_value_model_is_refused():
