@@ -4,6 +4,7 @@ All is computed in float64. Every identity stands beside a negative control: a w
 the same comparison must reject.
 """
 
+import dataclasses
 import doctest
 import functools
 import math
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import upge
-from common import distributed, flags, probe
+from common import distributed, probe
 from common.metrics import Counts
 from common.model import Critic, Policy
 from rollout import Rollout
@@ -174,17 +175,13 @@ def test_sft_is_cross_entropy(batch):
     one = torch.ones(B, 1)
     gradients = {}
     for normaliser, loss in losses.items():
-        weight = normaliser(lengths, torch.arange(B), B, L_MAX)[
-            :, None
-        ]  # one demonstration a prompt
-        got = torch.autograd.grad(
-            upge_loss(TABLE["sft"], logp, valid, one, weight)[0], logits, retain_graph=True
-        )[0]
+        # Every sequence is a group of its own: one demonstration per prompt.
+        weight = normaliser(lengths, torch.arange(B), B, L_MAX)[:, None]
+        surrogate, _ = upge_loss(TABLE["sft"], logp, valid, one, weight)
+        got = torch.autograd.grad(surrogate, logits, retain_graph=True)[0]
         gradients[normaliser] = got
         assert error(got, torch.autograd.grad(loss, logits, retain_graph=True)[0]) <= 1e-8
-    assert (
-        error(*gradients.values()) > 1e-2
-    )  # negative control: the two means differ on ragged rows
+    assert error(*gradients.values()) > 1e-2  # negative control: the rows are ragged
 
 
 def test_on_policy_the_rows_agree(batch):
@@ -226,12 +223,10 @@ def test_cispo_keeps_the_gradient_of_a_clipped_token():
         upge_loss(row, logp, one.bool(), one, one, old)[0], logp
     )[0].item()
     ppo_unclipped = gradient(TABLE["ppo"]._replace(stable=upge.stable_always))  # -r
-    assert gradient(TABLE["cispo"]) == pytest.approx(
-        ppo_unclipped * 1.2 / 1.8, rel=1e-12
-    )  # times (1+eps)/r
-    masked = TABLE["cispo"]._replace(
-        stable=upge.stable_ppo, log_ref=upge.ref_old
-    )  # the paper's Table 1 as printed
+    wanted = ppo_unclipped * 1.2 / 1.8  # times (1+eps)/r
+    assert gradient(TABLE["cispo"]) == pytest.approx(wanted, rel=1e-12)
+    # negative control: the paper's Table 1 as printed
+    masked = TABLE["cispo"]._replace(stable=upge.stable_ppo, log_ref=upge.ref_old)
     assert gradient(masked) == 0.0
 
 
@@ -251,58 +246,118 @@ def test_luffy_coefficient():
     one = torch.ones_like(p)
     upge_loss(TABLE["luffy_demo"], logp, one.bool(), one, one)[0].backward()
     assert torch.allclose(-logp.grad, p * g / (p + g) ** 2, rtol=1e-12)
-    assert not torch.allclose(
-        -logp.grad, p / (p + g), rtol=1e-2
-    )  # negative control: the shaping, not its slope
+    # negative control: the shaping, not its slope
+    assert not torch.allclose(-logp.grad, p / (p + g), rtol=1e-2)
 
 
-def test_padding_may_hold_anything(batch):
+GARBAGE = [math.nan, math.inf, -7.0]
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_padding_may_hold_anything(name, garbage, batch):
+    """In every tensor, also in advantages and weights per token."""
     logp, old, valid, lengths, rewards = batch
-    for name in TABLE:
-        wanted = row_gradient(name, batch)
-        for garbage in (math.nan, math.inf, -7.0):
-            fill = lambda x: torch.where(valid, x.detach(), garbage).requires_grad_()
-            got = row_gradient(name, (fill(logp), fill(old), valid, lengths, rewards))
-            assert error(got[valid], wanted[valid]) <= 1e-12 and (got[~valid] == 0).all()
-    everything = torch.ones_like(valid)  # negative control: a mask that lets the padding in
-    assert (
-        error(
-            row_gradient("grpo", (logp, old, everything, lengths, rewards)),
-            row_gradient("grpo", batch),
-        )
-        > 1e-2
+    wanted = row_gradient(name, batch)
+    fill = lambda x: torch.where(valid, x.detach(), garbage)
+    logp = fill(logp).requires_grad_()
+    weight = TABLE[name].normaliser(lengths, GROUP, N, L_MAX)[:, None]
+    loss, stable = upge_loss(
+        TABLE[name],
+        logp,
+        valid,
+        fill(advantages(name, rewards)),
+        fill(weight),
+        fill(old),
+        entropy=fill(ENTROPY),
     )
+    got = torch.autograd.grad(loss, logp)[0]
+    assert error(got[valid], wanted[valid]) <= 1e-12 and (got[~valid] == 0).all()
+    assert loss.isfinite() and stable.isfinite().all()
+
+
+def test_a_mask_that_lets_the_padding_in_changes_the_gradient(batch):
+    """A negative control of the test above."""
+    logp, old, valid, lengths, rewards = batch
+    everything = torch.ones_like(valid)
+    got = row_gradient("grpo", (logp, old, everything, lengths, rewards))
+    assert error(got, row_gradient("grpo", batch)) > 1e-2
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_sequence_of_padding_alone_adds_nothing(name, batch):
+    logp, _, valid, _, _ = batch
+    empty = valid.clone()
+    empty[0] = False
+    loss, _ = call(name, batch, valid=empty)
+    got = torch.autograd.grad(loss, logp)[0]
+    assert loss.isfinite() and got.isfinite().all() and (got[0] == 0).all()
+    assert error(got[1:], row_gradient(name, batch)[1:]) <= 1e-12
 
 
 # --------------------------------------------------------------------------------------- advantages
 
 
-def test_group_advantages():
-    torch.manual_seed(2)
-    R = torch.rand(5, 8, dtype=torch.double)
+@pytest.fixture
+def R():
+    """Rewards (5, 8)."""
+    return torch.rand(5, 8, dtype=torch.double, generator=torch.Generator().manual_seed(2))
+
+
+RELATIVE = [upge.adv_centred, upge.adv_standardised, upge.adv_leave_one_out]
+
+
+@pytest.mark.parametrize("advantage", RELATIVE)
+def test_relative_advantages_of_a_group_sum_to_0(advantage, R):
+    assert advantage(R).sum(-1).abs().max() < 1e-8 < advantage(R).abs().max()
+
+
+@pytest.mark.parametrize("advantage", RELATIVE)
+def test_relative_advantages_do_not_depend_on_an_offset(advantage, R):
+    assert torch.allclose(advantage(R + 3), advantage(R), atol=1e-8)
+
+
+@pytest.mark.parametrize("advantage", RELATIVE)
+@pytest.mark.parametrize("dtype", [torch.float, torch.double])
+def test_equal_rewards_give_exactly_0(advantage, dtype):
+    rewards = torch.full((2, 3), 0.1, dtype=dtype)
+    assert (advantage(rewards) == 0).all()
+
+
+def test_equal_rewards_would_not_give_0_by_themselves():
+    """A negative control: in double precision 0.1 + 0.1 + 0.1 is not 0.3."""
+    rewards = torch.full((1, 3), 0.1, dtype=torch.double)
+    assert (rewards - rewards.mean(-1, keepdim=True)).abs().max() > 0
+
+
+@pytest.mark.parametrize("advantage", RELATIVE)
+def test_a_group_of_one_has_no_advantage(advantage):
+    assert (advantage(torch.rand(4, 1)) == 0).all()
+
+
+def test_only_standardised_advantages_do_not_depend_on_the_scale(R):
     centred, standard = upge.adv_centred, upge.adv_standardised
-    for f in (centred, standard):
-        assert f(R).sum(-1).abs().max() < 1e-8
-        assert torch.allclose(f(R + 3), f(R), atol=1e-8)
-        assert (f(torch.full((2, 3), 0.1)) == 0).all()  # 0.1 + 0.1 + 0.1 is not 0.3
-        assert (f(torch.rand(4, 1)) == 0).all()
-    assert torch.allclose(centred(10 * R), 10 * centred(R)) and not torch.allclose(
-        standard(R), centred(R), rtol=1e-2
-    )
     assert torch.allclose(standard(10 * R), standard(R), rtol=1e-4)
-    assert torch.allclose(
-        standard(R), (R - R.mean(-1, keepdim=True)) / (R.std(-1, correction=1, keepdim=True) + 1e-6)
-    )
-    population = (R - R.mean(-1, keepdim=True)) / (R.std(-1, correction=0, keepdim=True) + 1e-6)
-    assert (population / standard(R)).mean().item() == pytest.approx(
-        math.sqrt(8 / 7), abs=1e-4
-    )  # 1.069, the other choice
-    assert upge.adv_sign(torch.tensor([[1.0, 0.0]])).tolist() == [[1, -1]]
+    assert torch.allclose(centred(10 * R), 10 * centred(R))
+    assert not torch.allclose(standard(R), centred(R), rtol=1e-2)
+
+
+def test_std_is_that_of_a_sample(R):
+    centred = R - R.mean(-1, keepdim=True)
+    wanted = centred / (R.std(-1, correction=1, keepdim=True) + 1e-6)
+    assert torch.allclose(upge.adv_standardised(R), wanted)
+    population = centred / (R.std(-1, correction=0, keepdim=True) + 1e-6)  # negative control
+    assert (population / wanted).mean().item() == pytest.approx(math.sqrt(8 / 7), abs=1e-4)
+
+
+def test_leave_one_out_compares_with_the_mean_of_the_others(R):
     others = torch.stack([R[:, i] - R[:, torch.arange(8) != i].mean(-1) for i in range(8)], -1)
-    assert torch.allclose(upge.adv_leave_one_out(R), others) and not torch.allclose(
-        centred(R), others, rtol=1e-2
-    )
-    assert (upge.adv_leave_one_out(torch.rand(4, 1)) == 0).all()
+    assert torch.allclose(upge.adv_leave_one_out(R), others)
+    assert not torch.allclose(upge.adv_centred(R), others, rtol=1e-2)  # negative control
+
+
+def test_the_sign_of_a_reward():
+    assert upge.adv_sign(torch.tensor([[1.0, 0.0]])).tolist() == [[1, -1]]
 
 
 def test_gae_against_brute_force():
@@ -585,6 +640,7 @@ CASES = {
     "smooth": Case(smooth_step(), "hpt"),
     "clip": Case(made_up_step(0), "dr_grpo", changes={"clip_eps": 0.05}),
     "bonus": Case(made_up_step(0), "grpo", changes={"entropy_coef": 0.1}),
+    "bonus on demonstrations": Case(made_up_step(6), "sft", changes={"entropy_coef": 0.1}),
     "ppo, one row": Case(made_up_step(0), "ppo", 1),
     "reordered": Case(reordered_step(), "hpt", 50),
     "dropped changed": Case(step_with_other_dropped_rollouts(), "hpt", 10_000),
@@ -621,94 +677,113 @@ def gradients_of(world, path):
     return gradients
 
 
-def direct_gradient_of_method(
-    name, prompts, sft_coef=0.05, L=32, pi_old="trainer", eps=0.2, bonus=0.0
-):
-    """Flat gradient of the method's loss, written out prompt by prompt with plain transformers."""
-    lm, N, total = tiny_lm(), len(prompts), 0.0
-    tokens = sum(len(r.ids) for p in prompts for r in p.rollouts)
+def read(lm, prompt, response):
+    """Log-probabilities (n,) of a response, and its mean entropy, with plain transformers."""
+    logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    logp = logits.log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1).mean()
+    return logp.gather(-1, torch.tensor(response)[:, None])[:, 0], entropy
 
-    def run(prompt, response):  # log-probabilities and mean entropy
-        out = lm(torch.tensor([prompt + response])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-        return out.gather(-1, torch.tensor(response)[:, None])[:, 0], -(out.exp() * out).sum(
-            -1
-        ).mean()
 
-    def ppo_advantages():
-        A = [
-            direct_gae(R, torch.sin(torch.tensor(r.ids).double()))
-            for p in prompts
-            for r, R in zip(p.rollouts, p.rewards)
-        ]
-        mean, std = torch.cat(A).mean(), torch.cat(A).std(correction=0)
-        return iter([(a - mean) / std for a in A])
+@dataclasses.dataclass
+class ByHand:
+    """The loss of a method, written out prompt by prompt, without padding."""
 
-    whitened = ppo_advantages() if name == "ppo" else None
+    method: str
+    sft_coef: float = 0.05
+    pi_old: str = "trainer"
+    eps: float = 0.2
+    bonus: float = 0.0
+    L: int = 32
+
+    def gradient(self, prompts):
+        """Flat gradient of the tiny model."""
+        lm, objective = tiny_lm(), 0.0
+        whitened = ppo_advantages(prompts)
+        tokens_per_prompt = sum(len(r.ids) for p in prompts for r in p.rollouts) / len(prompts)
+        for p, A in zip(prompts, whitened, strict=True):
+            if METHODS[self.method].demonstration:
+                objective = objective + p.beta * self.demonstration(lm, p)
+            if METHODS[self.method].rollouts and p.alpha:
+                for i in range(len(p.rollouts)):
+                    objective = objective + self.rollout(lm, p, i, A[i], tokens_per_prompt)
+        (-objective / len(prompts)).backward()
+        return torch.cat([p.grad.flatten() for p in lm.parameters()])
+
+    def demonstration(self, lm, p):
+        """What the demonstration of a prompt adds to the objective of the prompt."""
+        x, H = read(lm, p.problem["prompt_ids"], p.problem["demo_ids"])
+        G, group = len(p.rollouts), torch.tensor([*p.rewards, p.demo_reward])
+        shaped = (x.exp() / (x.exp() + g)).sum()  # LUFFY's f(pi)
+        in_group = (p.demo_reward - group.mean()) * shaped / (G + 1) / self.L
+        alone = p.demo_reward * shaped / G / self.L
+        return {
+            "sft": x.mean(),
+            "dft": (x.exp().detach() * x).mean(),
+            "luffy": in_group,
+            "srft": 0.5 * (-H.detach()).exp() * x.sum() / (G + 1) / self.L + in_group,
+            "hpt": self.sft_coef * x.mean(),
+            "hpt_off": alone,
+            "hpt_mix": self.sft_coef * x.mean() + alone,
+        }[self.method]
+
+    def rollout(self, lm, p, i, whitened, tokens_per_prompt):
+        """What rollout i of a prompt adds to the objective of the prompt."""
+        r, reward = p.rollouts[i], p.rewards[i]
+        x, H = read(lm, p.problem["prompt_ids"], r.ids)
+        R, G, L = torch.tensor(p.rewards), len(p.rollouts), self.L
+        sampler = torch.tensor(r.logp, dtype=torch.double)
+        old = stale(sampler if self.pi_old == "sampler" else x.detach())
+        ratio, s = torch.exp(x - old), torch.exp((x - old).mean())
+        importance = 1.0
+        if self.pi_old == "tis":
+            importance = (x.detach() - sampler).exp().clamp(max=2.0)
+        centred = reward - R.mean()
+        standard = centred / (R.std() + 1e-6)
+        in_group = reward - (R.sum() + p.demo_reward) / (G + 1)
+        srft = 0.1 * H.detach().exp() if reward else -1.0
+        dr_grpo = clipped(ratio, centred, self.eps, self.eps).sum() / G / L
+        return (
+            p.alpha
+            * {
+                "reinforce": (2 * reward - 1) * x.mean() / G,
+                "rloo": (reward - (R.sum() - reward) / (G - 1)) * x.sum() / G / L,
+                "ppo": clipped(ratio, whitened, 0.2, 0.2).sum() / tokens_per_prompt,
+                "grpo": (importance * clipped(ratio, standard, 0.2, 0.2)).mean() / G,
+                "dr_grpo": dr_grpo,
+                "dapo": clipped(ratio, standard, 0.2, 0.28).sum() / tokens_per_prompt,
+                "cispo": (ratio.clamp(max=1.2).detach() * standard * x).sum()
+                / sum(len(other.ids) for other in p.rollouts),
+                "gspo": clipped(s, standard, 3e-4, 4e-4) / G,
+                "luffy": (ratio * in_group).sum() / (G + 1) / L,
+                "srft": srft * x.sum() / (G + 1) / L,
+                "hpt": dr_grpo,
+                "hpt_mix": dr_grpo,
+                "hpt_off": dr_grpo,
+            }[self.method]
+            + self.bonus * H / G
+        )
+
+
+def clipped(ratio, A, low, high):
+    """PPO's objective."""
+    return torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
+
+
+def ppo_advantages(prompts):
+    """Per prompt and rollout the whitened GAE under the made-up critic."""
+    groups = []
     for p in prompts:
-        d, H = run(p.problem["prompt_ids"], p.problem["demo_ids"])
-        R, G = torch.tensor(p.rewards), len(p.rollouts)
-        with_demo = torch.tensor([*p.rewards, p.demo_reward])
-        shaped = (d.exp() / (d.exp() + g)).sum()  # LUFFY's f(pi)
-        if name == "sft":
-            loss = d.mean()
-        elif name == "dft":
-            loss = (d.exp().detach() * d).mean()
-        elif name == "luffy":
-            loss = (with_demo[-1] - with_demo.mean()) * shaped / (G + 1) / L
-        elif name == "srft":
-            loss = (
-                (0.5 * (-H.detach()).exp() * d.sum() + (with_demo[-1] - with_demo.mean()) * shaped)
-                / (G + 1)
-                / L
-            )
-        else:
-            offline = lambda: p.demo_reward * shaped / G / L
-            loss = (
-                p.beta
-                * {
-                    "hpt": lambda: sft_coef * d.mean(),
-                    "hpt_off": offline,
-                    "hpt_mix": lambda: sft_coef * d.mean() + offline(),
-                }.get(name, lambda: 0.0)()
-            )
-        for r, reward in (
-            zip(p.rollouts, p.rewards) if name not in ("sft", "dft") and p.alpha else ()
-        ):
-            x, H = run(p.problem["prompt_ids"], r.ids)
-            sampler = torch.tensor(r.logp, dtype=torch.double)
-            old = stale(sampler if pi_old == "sampler" else x.detach())
-            ratio, centred = torch.exp(x - old), reward - R.mean()
-            standard = centred / (R.std() + 1e-6)
-            ppo = lambda a, lo=eps, hi=eps, ratio=ratio: torch.minimum(
-                ratio * a, ratio.clamp(1 - lo, 1 + hi) * a
-            )
-            s = torch.exp((x - old).mean())
-            importance = (x.detach() - sampler).exp().clamp(max=2.0) if pi_old == "tis" else 1.0
-            group_tokens = sum(len(other.ids) for other in p.rollouts)
-            loss = (
-                loss
-                + bonus * H / G
-                + p.alpha
-                * {
-                    "reinforce": lambda: (2 * reward - 1) * x.mean() / G,
-                    "rloo": lambda: (reward - (R.sum() - reward) / (G - 1)) * x.sum() / G / L,
-                    "ppo": lambda: ppo(next(whitened)).sum() / tokens * N,
-                    "grpo": lambda: (importance * ppo(standard)).mean() / G,
-                    "dr_grpo": lambda: ppo(centred).sum() / G / L,
-                    "dapo": lambda: ppo(standard, 0.2, 0.28).sum() / tokens * N,
-                    "cispo": lambda: (
-                        (ratio.clamp(max=1.2).detach() * standard * x).sum() / group_tokens
-                    ),
-                    "gspo": lambda: ppo(standard, 3e-4, 4e-4, s) / G,
-                    "luffy": lambda: (ratio * (reward - with_demo.mean())).sum() / (G + 1) / L,
-                    "srft": lambda: (
-                        (0.1 * H.detach().exp() if reward else -1.0) * x.sum() / (G + 1) / L
-                    ),
-                }.get(name, lambda: ppo(centred).sum() / G / L)()
-            )  # hpt's
-        total = total - loss / N
-    total.backward()
-    return torch.cat([p.grad.flatten() for p in lm.parameters()])
+        values = [torch.sin(torch.tensor(r.ids).double()) for r in p.rollouts]
+        groups.append(list(map(direct_gae, p.rewards, values)))
+    tokens = torch.cat([A for group in groups for A in group])
+    mean, std = tokens.mean(), tokens.std(correction=0)
+    return [[(A - mean) / std for A in group] for group in groups]
+
+
+def direct_gradient_of_method(method, prompts, **settings):
+    """Flat gradient of the method's loss."""
+    return ByHand(method, **settings).gradient(prompts)
 
 
 def direct_gae(reward, V):
@@ -739,11 +814,14 @@ def direct_critic_gradient(prompts, clip=0.2, half=0.5):
     return torch.cat([p.grad.flatten() for p in lm.parameters()])
 
 
-def test_critic_gradient(gradients):
+def test_the_critics_gradient_is_that_of_its_directly_written_loss(gradients):
     assert error(gradients["critic"], direct_critic_gradient(made_up_step(0))) <= 1e-6
-    assert (
-        error(gradients["critic"], direct_critic_gradient(made_up_step(0), clip=math.inf)) > 1e-3
-    )  # negative controls
+
+
+def test_the_critics_gradient_is_clipped_and_halved(gradients):
+    """Negative controls of the test above."""
+    unclipped = direct_critic_gradient(made_up_step(0), clip=math.inf)
+    assert error(gradients["critic"], unclipped) > 1e-3
     assert error(gradients["critic"], direct_critic_gradient(made_up_step(0), half=1.0)) > 1e-2
 
 
@@ -754,67 +832,76 @@ def test_ranks_agree(by_ranks):
     assert error(by_ranks[2]["wrong small"], by_ranks[1]["wrong small"]) > 1e-2  # negative control
 
 
-def test_one_gradient(gradients):
-    """Micro-batch budget, ranks, row order and padding leave the trainer's gradient alone."""
-    prompts = made_up_step(2)
-    wanted = direct_gradient_of_method("hpt", prompts)
-    for case in ("whole", "one row", "small", "reordered", "dropped changed"):
-        assert error(gradients[case], wanted) <= 1e-7  # weights and advantages travel as float32
-        assert error(gradients[case], gradients["whole"]) <= 1e-10
-    assert torch.equal(
-        gradients["dropped changed"], gradients["whole"]
-    )  # dropped rollouts contribute exactly nothing
-    # negative controls: a mean per micro-batch, a wrong coefficient, a missing prompt
+@pytest.mark.parametrize("case", ["whole", "one row", "small", "reordered", "dropped changed"])
+def test_the_gradient_depends_on_no_split_and_no_order(gradients, case):
+    wanted = direct_gradient_of_method("hpt", made_up_step(2))
+    assert error(gradients[case], wanted) <= 1e-7  # weights and advantages travel as float32
+    assert error(gradients[case], gradients["whole"]) <= 1e-10
+
+
+def test_dropped_rollouts_contribute_exactly_nothing(gradients):
+    assert torch.equal(gradients["dropped changed"], gradients["whole"])
+
+
+def test_a_mean_per_micro_batch_would_depend_on_the_split(gradients):
+    """A negative control of the two tests above."""
     assert error(gradients["wrong small"], gradients["wrong whole"]) > 1e-2
-    assert (
-        error(direct_gradient_of_method("hpt", prompts, sft_coef=0.06), gradients["whole"]) > 1e-3
-    )
+
+
+def test_another_coefficient_or_a_missing_prompt_is_another_gradient(gradients):
+    """Negative controls, too."""
+    prompts = made_up_step(2)
+    other = direct_gradient_of_method("hpt", prompts, sft_coef=0.06)
+    assert error(other, gradients["whole"]) > 1e-3
     assert error(direct_gradient_of_method("hpt", prompts[1:]), gradients["whole"]) > 1e-2
 
 
-def test_every_method_in_the_training_loop_is_its_directly_written_loss(gradients):
-    wanted = {name: direct_gradient_of_method(name, CASES[name].prompts) for name in METHODS}
-    for name in METHODS:
-        assert error(gradients[name], wanted[name]) <= 1e-6, name
-        others = {
-            other: error(gradients[name], wanted[other]) for other in METHODS if other != name
-        }
-        assert min(others.values()) > 1e-2, (name, others)  # negative control
+@pytest.fixture(scope="module")
+def by_hand():
+    """{method: gradient of its directly written loss, on its case of CASES}."""
+    return {name: direct_gradient_of_method(name, CASES[name].prompts) for name in METHODS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_in_the_training_loop_is_its_directly_written_loss(gradients, by_hand, name):
+    assert error(gradients[name], by_hand[name]) <= 1e-6
+    others = {other: error(gradients[name], by_hand[other]) for other in METHODS if other != name}
+    assert min(others.values()) > 1e-2, others  # negative control
+
+
+def test_whitening_is_over_all_micro_batches(gradients):
     assert error(gradients["ppo, one row"], gradients["ppo"]) <= 1e-8
-    assert (
-        error(gradients["smooth"], direct_gradient_of_method("hpt", CASES["smooth"].prompts))
-        <= 1e-6
-    )
-    assert (
-        error(
-            gradients["smooth"],
-            direct_gradient_of_method(
-                "hpt", [p._replace(alpha=1.0) for p in CASES["smooth"].prompts]
-            ),
-        )
-        > 1e-2
-    )
-    assert (
-        error(gradients["clip"], direct_gradient_of_method("dr_grpo", made_up_step(0), eps=0.05))
-        <= 1e-6
-    )
-    assert error(gradients["clip"], wanted["dr_grpo"]) > 1e-2
-    assert (
-        error(gradients["bonus"], direct_gradient_of_method("grpo", made_up_step(0), bonus=0.1))
-        <= 1e-6
-    )
-    assert (
-        error(gradients["bonus"], direct_gradient_of_method("grpo", made_up_step(0), bonus=-0.1))
-        > 1e-2
-    )
-    for pi_old in ("sampler", "tis"):
-        assert (
-            error(
-                gradients[pi_old], direct_gradient_of_method("grpo", made_up_step(0), pi_old=pi_old)
-            )
-            <= 1e-6
-        )
-        assert error(gradients[pi_old], wanted["grpo"]) > 1e-2
+
+
+def test_the_gate_may_weigh_between_0_and_1(gradients):
+    prompts = CASES["smooth"].prompts
+    assert error(gradients["smooth"], direct_gradient_of_method("hpt", prompts)) <= 1e-6
+    rounded = [p._replace(alpha=1.0) for p in prompts]  # negative control
+    assert error(gradients["smooth"], direct_gradient_of_method("hpt", rounded)) > 1e-2
+
+
+def test_the_clip_range_may_be_chosen(gradients, by_hand):
+    wanted = direct_gradient_of_method("dr_grpo", made_up_step(0), eps=0.05)
+    assert error(gradients["clip"], wanted) <= 1e-6
+    assert error(gradients["clip"], by_hand["dr_grpo"]) > 1e-2  # negative control
+
+
+def test_the_entropy_bonus_raises_the_entropy_of_rollouts(gradients):
+    wanted = direct_gradient_of_method("grpo", made_up_step(0), bonus=0.1)
+    assert error(gradients["bonus"], wanted) <= 1e-6
+    inverted = direct_gradient_of_method("grpo", made_up_step(0), bonus=-0.1)  # negative control
+    assert error(gradients["bonus"], inverted) > 1e-2
+
+
+def test_the_entropy_bonus_leaves_demonstrations_alone(gradients):
+    assert torch.equal(gradients["bonus on demonstrations"], gradients["sft"])
+
+
+@pytest.mark.parametrize("pi_old", ["sampler", "tis"])
+def test_pi_old_in_the_training_loop(gradients, by_hand, pi_old):
+    wanted = direct_gradient_of_method("grpo", made_up_step(0), pi_old=pi_old)
+    assert error(gradients[pi_old], wanted) <= 1e-6
+    assert error(gradients[pi_old], by_hand["grpo"]) > 1e-2  # negative control
 
 
 def test_probe_is_what_prompt_by_prompt_gradients_say(gradients):
@@ -902,12 +989,13 @@ def test_ppo_critic_fits_a_known_value_function(tmp_path):
     assert shuffled < 0.1  # negative control: rewards that the states seen do not tell
 
 
-def test_hpt_for_every_gate_count(gradients):
-    """For every K from 0 to N: the gradient is right, and no rank waits for another for ever."""
-    for gated in range(7):
-        assert (
-            error(gradients[gated], direct_gradient_of_method("hpt", made_up_step(gated))) <= 1e-7
-        )
+@pytest.mark.parametrize("gated", range(7))
+def test_hpt_with_any_number_of_gated_prompts(gradients, gated):
+    """The gradient is right, and no rank waits for another for ever."""
+    assert error(gradients[gated], direct_gradient_of_method("hpt", made_up_step(gated))) <= 1e-7
+
+
+def test_hpt_is_sft_where_all_are_gated_and_dr_grpo_where_none_is(gradients):
     assert error(gradients[6], 0.05 * gradients["sft"]) <= 1e-7
     assert error(gradients[0], gradients["dr_grpo"]) <= 1e-10
     assert error(gradients[1], gradients[0]) > 1e-3  # negative control
@@ -983,8 +1071,8 @@ def test_a_forgotten_seq_on_packed_input_is_an_error_where_the_row_needs_it(name
     packed = {
         "logp": logp[valid][None],
         "valid": valid[valid][None],
-        "advantage": torch.ones(1, 1),
-        "weight": torch.ones(1, 1),
+        "advantage": torch.ones_like(logp[valid][None]),
+        "weight": torch.ones_like(logp[valid][None]),
         "old_logp": old[valid][None],
         "entropy": ENTROPY[valid][None],
     }
@@ -1079,13 +1167,6 @@ def test_returns_carry_no_gradient_of_the_critic():
     assert not gae(torch.ones(1, 3), values, valid).requires_grad
 
 
-def test_equal_rewards_give_exactly_0_in_double_precision():
-    rewards = torch.full((1, 3), 0.1, dtype=torch.double)
-    assert (upge.adv_centred(rewards) == 0).all()
-    assert (upge.adv_standardised(rewards) == 0).all()
-    assert (rewards - rewards.sum() / 3).abs().max() > 0  # negative control: 0.1 x 3 is not 0.3
-
-
 def test_a_plain_hugging_face_loop_learns_with_upge_alone():
     """What someone who copies upge.py writes: sample, grade, gate, one loss, AdamW."""
     lm = tiny_lm().float()
@@ -1110,7 +1191,7 @@ def test_a_plain_hugging_face_loop_learns_with_upge_alone():
         targets = ids[:, len(prompt) :, None]
         logp = logits.log_softmax(-1).gather(-1, targets).squeeze(-1)  # (B, length)
         lengths, group = torch.full((len(ids),), length), torch.zeros(len(ids)).long()
-        weight = row.normaliser(lengths, group, prompts=1, l_max=length)[:, None]
+        weight = row.normaliser(lengths, group, num_prompts=1, l_max=length)[:, None]
         valid = torch.ones_like(logp, dtype=torch.bool)
         loss, _ = upge_loss(row, logp, valid, A, weight, old_logp=logp.detach())
         loss.backward()
@@ -1125,6 +1206,7 @@ def test_a_plain_hugging_face_loop_learns_with_upge_alone():
 # ---------------------------------------------------------------------------- the table exists once
 
 
+@functools.cache
 def table_lines():
     """The lines of TABLE as `python upge.py` prints them."""
     command = [sys.executable, upge.__file__]
@@ -1154,9 +1236,3 @@ def test_the_readme_has_the_table_that_is_printed():
     for line in table_lines()[1:]:
         cells = [cell.replace("|", "\\|") for cell in re.split("  +", line)]
         assert f"| {' | '.join(cells)} |" in readme
-
-
-def test_methods_of_the_command_line_are_those_of_the_table():
-    assert flags.METHODS == list(METHODS)
-    grouped = [name for name, method in METHODS.items() if method.combine == "group"]
-    assert grouped == flags.GROUP_METHODS
