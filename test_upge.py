@@ -187,7 +187,7 @@ def test_sft_is_cross_entropy(batch):
 def test_on_policy_the_rows_agree(batch):
     logp, _, valid, lengths, rewards = batch
     on = (logp, logp.detach(), valid, lengths, rewards)
-    A = TABLE["grpo"].advantage(rewards).reshape(B, 1)
+    A = TABLE["grpo"].advantage(rewards).reshape(B, 1).expand(B, T)
     names = ["reinforce", "ppo", "grpo", "cispo", "gspo"]
     wanted = row_gradient("reinforce", on, A, upge.per_sequence)
     for name in names:
@@ -1113,6 +1113,20 @@ def test_tensors_per_token_must_have_the_shape_of_logp(name, batch):
         call("grpo", batch, **{name: torch.ones(B, 1)})
 
 
+def test_ppo_needs_an_advantage_per_token(batch):
+    """Else R itself would be taken for an advantage, and PPO would run without a critic."""
+    with pytest.raises(ValueError, match="advantage must have shape"):
+        call("ppo", batch, advantage=TABLE["ppo"].advantage(batch[-1]).reshape(B, 1))
+
+
+def test_packed_sequences_cannot_share_one_weight(batch):
+    logp, _, valid, _, _ = batch
+    packed, seq = logp[valid][None], torch.arange(B)[:, None].expand(B, T)[valid][None]
+    A = torch.ones_like(packed)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        upge_loss(TABLE["sft"], packed, A.bool(), A, torch.ones(1, 1), seq=seq)
+
+
 def test_logp_must_have_two_dimensions(batch):
     logp, _, valid, _, _ = batch
     with pytest.raises(ValueError, match=r"logp must be \(B, T\)"):
@@ -1151,7 +1165,7 @@ def test_the_ratio_of_a_long_sequence_survives_bfloat16():
     logp = torch.full((1, 600), -1.0, dtype=torch.bfloat16, requires_grad=True)
     old = torch.full((1, 600), -1.25, dtype=torch.bfloat16)  # both are exact in bfloat16
     valid, seq = torch.ones(1, 600, dtype=torch.bool), torch.zeros(1, 600, dtype=torch.long)
-    one = torch.ones(1, 1)
+    one = torch.ones(1, 600)
     loss, stable = upge_loss(TABLE["gspo"], logp, valid, -one, one, old, seq)
     assert loss.item() == pytest.approx(600 * math.exp(0.25), rel=1e-4)
     assert stable.all()

@@ -5,19 +5,19 @@
 
 A step does the following; `main` has the same numbers:
 
-    1. Draw questions; sample n rollouts of each with the current policy (vLLM).
+    1. Draw prompts; sample n rollouts of each with the current policy (vLLM).
     2. Grade the rollouts: the reward is 1 if the answer is right, else 0.
-    3. The gate. P is the share of a question's rollouts that are right. If P > gamma, train on the
-       rollouts (alpha = 1, beta = 0), else on the question's demonstration (alpha = 0, beta = 1).
-    4. Split the questions into mini-batches. Give each sequence its advantage and its weight.
-    5. Update the policy (FSDP) once per mini-batch of N questions, with the gradient of
+    3. The gate. P is the mean reward of a prompt's rollouts. If P > gamma, train on the rollouts
+       (alpha = 1, beta = 0), else on the prompt's demonstration (alpha = 0, beta = 1).
+    4. Split the prompts into mini-batches. Give each sequence its advantage and its weight.
+    5. Update the policy (FSDP) once per mini-batch of N prompts, with the gradient of
 
            L = (1/N) sum_q [ alpha_q L_RL(q) + c_sft beta_q L_SFT(q) ]
 
     6. Give the new weights to the sampler. Write metrics, evaluate, save.
 
 L_RL and L_SFT are rows of the table in upge.py. Every rank runs `main`. Everything random depends
-on (seed, step, problem), never on the rank.
+on the seed, the step and the place of a prompt in the step, never on the rank.
 """
 
 from common import flags
@@ -46,7 +46,7 @@ from upge import GATES, METHODS, PI_OLD, TABLE, Method, adv_one, gae, scale_one,
 def main(args) -> None:
     """Train as the docstring of this file says. Every rank calls it."""
     method = METHODS[args.method]
-    inputs = load_inputs(args, method)  # all that a user can get wrong fails here, early
+    inputs = load_inputs(args, method)  # bad models and data fail here, before slow starts
     with reward.Verifier(function=args.reward) as verifier:
         device, sampler, policy, critic = start(args, method, inputs.config)
         out = report.open_run(args)
@@ -60,7 +60,7 @@ def main(args) -> None:
         for step in range(1, args.steps + 1):
             clock, counts = metrics.Clock(), metrics.Counts()
 
-            # 1. Draw questions and sample rollouts. Then the sampler gives its GPU memory back.
+            # 1. Draw prompts, sample rollouts. Then the sampler sleeps and the trainer has the GPU.
             problems = draw(inputs.problems, step, args.prompts_per_step, args.seed)
             rollouts = sample_rollouts(sampler, problems, step, args)
             sampler.sleep()
@@ -70,11 +70,11 @@ def main(args) -> None:
             rewards, demo_rewards = grade(verifier, problems, rollouts, method, counts)
             clock.lap("reward")
 
-            # 3. The gate: alpha weighs a question's rollouts, beta its demonstration.
+            # 3. The gate: alpha weighs a prompt's rollouts, beta its demonstration.
             alpha, beta = apply_gate(rewards, method, args)
             prompts = list(map(Prompt, problems, rollouts, rewards, demo_rewards, alpha, beta))
 
-            # 4. Mini-batches of questions, and of each the micro-batches that this rank computes.
+            # 4. Mini-batches of prompts, and of each the micro-batches that this rank computes.
             minibatches = []
             for chunk in split_prompts(prompts, args.minibatches_per_step, args.seed, step):
                 minibatches.append(build_micro_batches(chunk, method, args, device))
@@ -105,7 +105,7 @@ def main(args) -> None:
 
 
 def draw(problems: list, step: int, count: int, seed: int) -> list:
-    """The `count` problems of a step, which counts from 1.
+    """The `count` problems of a step. Steps count from 1.
 
     The steps go through all problems, epoch by epoch; each epoch has an order of its own.
     """
@@ -135,7 +135,7 @@ def warmed_up(lr: float, updates_before: int, warmup_steps: int) -> float:
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) and at the last step is due."""
+    """Whether what happens every `every` steps (0: none) and always at the last step is due."""
     return step == last_step or (every > 0 and step % every == 0)
 
 
@@ -143,7 +143,7 @@ def is_due(step: int, every: int, last_step: int) -> bool:
 
 
 class Prompt(NamedTuple):
-    """A question of the step, and what came of it."""
+    """A problem of the step, and what came of it."""
 
     problem: dict  # as common/data.py loads it, with "prompt_ids" and, if needed, "demo_ids"
     rollouts: list[rollout.Rollout]
@@ -203,7 +203,7 @@ def grade_share(verifier, pairs: list[tuple]) -> list[float]:
 
 
 def apply_gate(rewards: list, method: Method, args) -> tuple[list[float], list[float]]:
-    """(alpha, beta), one of each per prompt. Without a gate, both are 1 where there is a row."""
+    """(alpha, beta), one of each per prompt. Without a gate: 1 if the method trains it, else 0."""
     if method.combine == "gate":
         correct = torch.tensor([sum(group) for group in rewards])
         alpha, beta = GATES[args.gate](correct, args.samples_per_prompt, args.gamma)
@@ -223,7 +223,7 @@ class Sequence(NamedTuple):
     is_demo: bool
     prompt_index: int  # 0 .. N-1, which prompt of the mini-batch it answers
     advantage: float  # for PPO the reward, which `old_policy_pass` turns into GAE
-    weight: float = 0.0  # of each of its tokens in the loss: coefficient x normaliser
+    weight: float = 0.0  # of each of its tokens in the loss
     sampler_logp: list[float] | None = None  # of a rollout, one per token
 
 
@@ -243,11 +243,11 @@ def build_sequences(
         counted = []  # sequences that the normaliser counts
         for q, prompt in enumerate(prompts):
             counted += sequences_of_prompt(name, q, prompt, method, c_sft)
-        if counted:
+        if counted:  # so far, their weight is a coefficient; the normaliser completes it
             lengths = torch.tensor([len(s.response) for s in counted])  # (B,)
             groups = torch.tensor([s.prompt_index for s in counted])  # (B,)
             normaliser = TABLE[name].normaliser(lengths, groups, len(prompts), l_max).tolist()
-            counted = [s._replace(weight=s.weight * N) for s, N in zip(counted, normaliser)]
+            counted = [s._replace(weight=s.weight * w) for s, w in zip(counted, normaliser)]
         is_demo = TABLE[name].data == "demo"
         by_row[name] = [s for s in counted if s.is_demo == is_demo]
     return by_row
@@ -256,7 +256,9 @@ def build_sequences(
 def sequences_of_prompt(
     name: str, q: int, prompt: Prompt, method: Method, c_sft: float
 ) -> list[Sequence]:
-    """The sequences of one prompt that count in a row's normaliser; weight is the coefficient.
+    """The sequences of one prompt that count in a row's normaliser.
+
+    Their weight is only alpha or beta times a coefficient; the caller multiplies the normaliser in.
 
     A row trains on rollouts or on demonstrations. In a method that combines them into a group, the
     normaliser and the advantages are over the whole group, so all its members are returned; the
@@ -265,25 +267,25 @@ def sequences_of_prompt(
     row = TABLE[name]
     is_demo, grouped = row.data == "demo", method.combine == "group"
     coefficient = 1.0
+    # c_sft balances SFT against RL; if the method has no RL, there is nothing to balance.
     if name == "sft" and method.rollouts:
-        coefficient = (
-            c_sft  # balances SFT against RL; alone, SFT has nothing to be balanced against
-        )
-    elif name == "offline":
-        coefficient = 1 / len(
-            prompt.rollouts
-        )  # it weighs as one rollout of n, as the authors run it
-    weight = coefficient * prompt.beta if is_demo else prompt.alpha
+        coefficient = c_sft
+    # Offline RL on a demonstration weighs as one rollout of n, as the authors run it.
+    if name == "offline":
+        coefficient = 1 / len(prompt.rollouts)
+    weight = (coefficient * prompt.beta) if is_demo else prompt.alpha
     if weight == 0:
         return []
-    with_demo = is_demo or grouped
-    rewards = [*prompt.rewards, prompt.demo_reward] if with_demo else prompt.rewards
+    if grouped:
+        rewards = [*prompt.rewards, prompt.demo_reward]
+    else:
+        rewards = [prompt.demo_reward] if is_demo else prompt.rewards
     advantages = row.advantage(torch.tensor([rewards], dtype=torch.double))[0].tolist()  # (G,)
     ids, members = prompt.problem["prompt_ids"], []
     if grouped or not is_demo:
-        for r, A in zip(prompt.rollouts, advantages):
+        for r, A in zip(prompt.rollouts, advantages):  # in a group, the last A is left over
             members.append(Sequence(ids, r.ids, False, q, A, weight, r.logp))
-    if with_demo:
+    if grouped or is_demo:
         demo_ids = prompt.problem["demo_ids"]
         members.append(Sequence(ids, demo_ids, True, q, advantages[-1], weight))
     return members
@@ -324,20 +326,21 @@ def total_length(s: Sequence) -> int:
 class MicroBatch:
     """B sequences of one row of the table that go through the model together.
 
-    Padded tensors are (B, T). The n response tokens are packed: (1, n), sequence after sequence,
-    without padding, in the order in which the policy returns its log-probabilities.
+    Padded tensors are (B, T). The M response tokens are packed, (1, M): sequence after sequence,
+    without padding. In this order policy(ids, response) returns log-probabilities and entropies,
+    each (M,).
     """
 
     row: str  # its name
     ids: Tensor  # (B, T) int64, prompt and response, padded on the right
-    response: Tensor  # (B, T) bool, the n tokens to train on
+    response: Tensor  # (B, T) bool, marks the M tokens to train on
     prompts: list[int]  # (B,) prompt_index of each sequence; empty in a filler
     lengths: list[int]  # (B,) response tokens of each sequence
     tokens: int  # prompt and response tokens, without padding
-    seq: Tensor  # (1, n) int64, which sequence a token belongs to, 0 .. B-1
-    advantage: Tensor  # (1, n)
-    weight: Tensor  # (1, n)
-    # Of rollouts only, (1, n). `old_policy_pass` fills in all but the first.
+    seq: Tensor  # (1, M) int64, which sequence a token belongs to, 0 .. B-1
+    advantage: Tensor  # (1, M)
+    weight: Tensor  # (1, M)
+    # Of rollouts only, (1, M). `old_policy_pass` fills in all but the first.
     sampler_logp: Tensor | None = None
     old_logp: Tensor | None = None  # log pi_old
     value: Tensor | None = None  # of PPO's critic, before the update
@@ -345,7 +348,7 @@ class MicroBatch:
 
     @property
     def is_filler(self) -> bool:
-        """Whether it holds no sequence, but a token of weight 0, for a rank without work."""
+        """Whether it holds no sequence, but a dummy of weight 0, for a rank without work."""
         return not self.prompts
 
     @property
@@ -354,12 +357,12 @@ class MicroBatch:
         return TABLE[self.row].data == "rollout"
 
     def only(self, q: int | None) -> "MicroBatch":
-        """The part of it that belongs to prompt q; a filler if there is none. For the probe."""
+        """The part of it that belongs to prompt q, for the probe; a filler if there is none."""
         kept = [i for i, prompt in enumerate(self.prompts) if prompt == q]
         if not kept:
             return collate(self.row, [], self.ids.device)
         kept = torch.tensor(kept, device=self.ids.device)
-        tokens = torch.isin(self.seq[0], kept)  # (n,) bool
+        kept_tokens = torch.isin(self.seq[0], kept)  # (M,) bool
         response = self.response[kept]
         width = int(response.any(0).nonzero().max()) + 1
         packed = ("advantage", "weight", "sampler_logp", "old_logp", "value", "returns")
@@ -370,13 +373,13 @@ class MicroBatch:
             response=response[:, :width],
             prompts=[q] * len(kept),
             lengths=[self.lengths[i] for i in kept],
-            seq=torch.searchsorted(kept, self.seq[:, tokens]),
-            **{name: x if x is None else x[:, tokens] for name, x in cut.items()},
+            seq=torch.searchsorted(kept, self.seq[:, kept_tokens]),  # numbers the kept from 0
+            **{name: x if x is None else x[:, kept_tokens] for name, x in cut.items()},
         )
 
 
 def collate(row: str, sequences: list[Sequence], device) -> MicroBatch:
-    """A MicroBatch of the sequences; without any, a filler: one token that weighs nothing."""
+    """A MicroBatch of the sequences; without any, a filler: one response token of weight 0."""
     batch = sequences or [Sequence([0], [0], True, 0, 0.0)]
     lengths = [len(s.response) for s in batch]
     width = max(total_length(s) for s in batch)
@@ -395,22 +398,23 @@ def collate(row: str, sequences: list[Sequence], device) -> MicroBatch:
         prompts=[s.prompt_index for s in sequences],
         lengths=lengths,
         tokens=sum(total_length(s) for s in sequences),
-        seq=per_token(torch.arange(len(batch)), lengths, device),
-        advantage=per_token(torch.tensor([s.advantage for s in batch]), lengths, device),
-        weight=per_token(torch.tensor([s.weight for s in batch]), lengths, device),
+        seq=repeat_per_token(torch.arange(len(batch)), lengths, device),
+        advantage=repeat_per_token(torch.tensor([s.advantage for s in batch]), lengths, device),
+        weight=repeat_per_token(torch.tensor([s.weight for s in batch]), lengths, device),
         sampler_logp=None if sampler_logp is None else sampler_logp.to(device),
     )
 
 
-def per_token(values: Tensor, lengths: list[int], device) -> Tensor:
-    """(1, n): each of the B values, repeated for the tokens of its sequence."""
+def repeat_per_token(values: Tensor, lengths: list[int], device) -> Tensor:
+    """(1, M): each of the B values, repeated for the tokens of its sequence."""
     return values.repeat_interleave(torch.tensor(lengths))[None].to(device)
 
 
 def build_micro_batches(chunk: list[Prompt], method: Method, args, device) -> list[MicroBatch]:
     """This rank's micro-batches of a mini-batch of prompts, row by row.
 
-    Every rank computes the plan of all ranks, so that none waits for another.
+    Every rank computes the plan of all ranks: so they agree on the number of micro-batches without
+    having to communicate.
     """
     by_row = build_sequences(chunk, method, args.sft_coef, args.max_response_tokens)
     micro_batches = []
@@ -433,9 +437,10 @@ def old_policy_pass(policy, critic, minibatches: list[list[MicroBatch]], args, c
     rollouts = [m for micro_batches in minibatches for m in micro_batches if m.is_rollouts]
     importance = []
     for m in distributed.progress_bar("pi_old", items=rollouts):
-        logp = policy(m.ids, m.response)[0][None]  # (1, n)
-        value = critic(m.ids, m.response)[None] if critic else None  # (1, n)
-        if m.is_filler:
+        logp, _ = policy(m.ids, m.response)  # (M,)
+        logp = logp[None]  # (1, M)
+        value = critic(m.ids, m.response)[None] if critic else None  # (1, M)
+        if m.is_filler:  # it ran all the same: FSDP's ranks call the model equally often
             importance.append(1.0)
             continue
         m.old_logp, weight = PI_OLD[args.pi_old](logp, m.sampler_logp, args.tis_cap)
@@ -447,12 +452,13 @@ def old_policy_pass(policy, critic, minibatches: list[list[MicroBatch]], args, c
             counts.add_returns(m.returns)
     if critic:
         counts.advantage_variance = whiten(rollouts)
+    # After whitening, so that it whitens the advantages alone.
     for m, weight in zip(rollouts, importance):
         m.advantage = m.advantage * weight
 
 
 def packed_gae(m: MicroBatch, value: Tensor, gamma: float, lam: float) -> Tensor:
-    """GAE of packed sequences whose reward comes with the last token: value and result (1, n)."""
+    """GAE of packed sequences whose reward comes with the last token: value and result (1, M)."""
     lengths = torch.tensor(m.lengths, device=value.device)  # (B,)
     values = pad_sequence(value[0].split(m.lengths), batch_first=True)  # (B, T)
     valid = torch.arange(values.shape[1], device=value.device) < lengths[:, None]  # (B, T)
@@ -465,7 +471,7 @@ def packed_gae(m: MicroBatch, value: Tensor, gamma: float, lam: float) -> Tensor
 def whiten(micro_batches: list[MicroBatch]) -> float:
     """PPO: subtract the mean from the advantages and divide them by their standard deviation.
 
-    Mean and deviation are over all tokens of all ranks. Returns the variance.
+    Mean and deviation are over all tokens of the step, on all ranks. Returns the variance.
     """
     device = micro_batches[0].advantage.device
     moments = torch.zeros(3, dtype=torch.double, device=device)  # tokens, sum of A, sum of A^2
@@ -495,39 +501,51 @@ def update(policy, critic, micro_batches, updates_before: int, args, counts) -> 
 
 
 def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -> None:
-    """Add the gradient of L over this rank's micro-batches; FSDP sums it over the ranks."""
+    """Add this rank's part of the gradient of L, and of the entropy bonus if there is one.
+
+    L is a sum, of which each rank computes some terms. FSDP averages the ranks' parts, so each part
+    is multiplied by the number of ranks.
+    """
     for m in distributed.progress_bar("update", items=micro_batches):
         row = TABLE[m.row]
         bonus = args.entropy_coef if m.is_rollouts else 0.0
         with_entropy = bonus > 0 or row.scale is not scale_one
-        logp, entropy = policy(m.ids, m.response, with_entropy)  # (n,), (n,) or None
-        logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, n)
+        logp, entropy = policy(m.ids, m.response, with_entropy)  # (M,), (M,) or None
+        logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, M)
         if m.is_filler:
-            loss = 0.0 * logp.sum()  # a rank without work still takes part in FSDP's exchanges
+            loss = 0.0 * logp.sum()  # its backward pass takes part in FSDP's exchanges
         else:
             valid = torch.ones_like(m.seq, dtype=torch.bool)  # packed: no padding
             loss, stable = upge_loss(
-                row, logp, valid, m.advantage, m.weight, m.old_logp, m.seq, args.clip_eps, entropy
+                row,
+                logp,
+                valid,
+                m.advantage,
+                m.weight,
+                old_logp=m.old_logp,
+                seq=m.seq,
+                eps=args.clip_eps,
+                entropy=entropy,
             )
             if m.is_rollouts:
                 counts.add_rollouts(loss, logp, m.old_logp, stable)
             else:
                 counts.add_demonstrations(logp, m.lengths)
-            if bonus:
+            if bonus:  # mean entropy of the rollouts, with the weights of the loss
                 loss = loss - bonus * (m.weight * entropy).sum()
         counts.tokens += m.tokens
-        counts.padded_tokens += 1 if m.is_filler else m.ids.numel()
-        (loss * distributed.world_size()).backward()  # FSDP averages over ranks; L is a sum
+        counts.padded_tokens += 1 if m.is_filler else m.ids.numel()  # the dummy counts as 1
+        (loss * distributed.world_size()).backward()
 
 
 def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts) -> None:
-    """Add the gradient of PPO's clipped value loss; the weights N_t are those of the policy.
+    """Add the gradient of PPO's clipped value loss; the weights w_t are those of the policy.
 
-    sum_t N_t 1/2 max( (V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2 )
+    sum_t w_t 1/2 max( (V - G)^2, (V_old + clip(V - V_old, -c, c) - G)^2 ),   G = return
     """
     rollouts = [m for m in micro_batches if m.is_rollouts]
     for m in distributed.progress_bar("critic", items=rollouts):
-        value = critic(m.ids, m.response)[None]  # (1, n)
+        value = critic(m.ids, m.response)[None]  # (1, M)
         if m.is_filler:
             loss = 0.0 * value.sum()
         else:
@@ -542,7 +560,8 @@ def probe_gradients(policy, micro_batches: list[MicroBatch], step: int, args) ->
     """Every --probe-gradients steps, what common/probe.py measures of a mini-batch; else {}."""
     if args.probe_gradients == 0 or step % args.probe_gradients:
         return {}
-    accumulate = functools.partial(accumulate_gradient, args=args, counts=metrics.Counts())
+    unused = metrics.Counts()  # what the probe computes is not part of the step
+    accumulate = functools.partial(accumulate_gradient, args=args, counts=unused)
     return probe.probe(policy, micro_batches, accumulate)
 
 
@@ -633,8 +652,10 @@ def print_plan(args, method: Method, inputs: Inputs, policy, critic, out: Path) 
 
 def measure_step(step, prompts: list[Prompt], method: Method, counts, clock, policy) -> dict:
     """The step's line of metrics.jsonl, from the counts of all ranks."""
-    gated, total = method.combine == "gate", counts.total()
-    return metrics.step_metrics(step, prompts, gated, total, clock.times, policy.num_parameters())
+    has_gate, total = method.combine == "gate", counts.total()
+    return metrics.step_metrics(
+        step, prompts, has_gate, total, clock.times, policy.num_parameters()
+    )
 
 
 def evaluate_held_out(step: int, inputs: Inputs, sampler, verifier, args, out: Path) -> dict:

@@ -1,7 +1,7 @@
 r"""Every post-training algorithm of arXiv 2509.04419 as one estimator.
 
-This file depends only on torch; copy it into your project. The paper's Unified Policy Gradient
-Estimator (UPGE) has four components:
+This file depends only on torch; copy it into your project, and start at `upge_loss`. The paper's
+Unified Policy Gradient Estimator (UPGE) has four components:
 
     grad J = sum_t  1_stable,t * (1 / pi_ref,t) * A_t * grad pi_theta(y_t | q, y_<t)
 
@@ -9,16 +9,17 @@ HPT, the paper's algorithm, chooses the components per question q. The model ans
 rollouts, and P is the share that is right. If P > gamma, HPT trains on the rollouts with the row
 `dr_grpo` of the table below. If P <= gamma, it trains on the demonstration of q with the row `sft`.
 
-Since grad pi = pi * grad log pi, autograd derives every row from one surrogate loss. In it, only
-log pi_theta has a gradient, and each token has a weight N_t, the normaliser that the paper's table
-leaves out:
+Since grad pi = pi * grad log pi, autograd derives every row from one surrogate loss:
 
-    loss = - sum_t  N_t * 1_stable,t * A_t * exp(log pi_theta,t - log pi_ref,t)
+    loss = - sum_t  w_t * 1_stable,t * A_t * exp(log pi_theta,t - log pi_ref,t)
 
-The value of this loss means nothing; only its gradient is the algorithm. A row of the table is a
-choice of components (TABLE below holds it, `python upge.py` prints it):
+The gradient flows only through the first log pi_theta. Wherever pi_theta stands inside pi_ref,
+1_stable or A, it is detached, a mere number: with pi_ref = pi_theta the exponential is 1, and its
+gradient is grad log pi_theta. w_t is the normaliser, the weight of a token, which the paper's table
+leaves out. The value of this loss means nothing; only its gradient is the algorithm. A row of the
+table is a choice of components (TABLE below holds it, `python upge.py` prints it):
 
-    row         data     1_stable  pi_ref                         A                   N
+    row         data     1_stable  pi_ref                         A                   w
     sft         demo     1         pi_theta                       1                   1/(G|y|)
     dft         demo     1         1                              1                   1/(G|y|)
     reinforce   rollout  1         pi_theta                       +1 / -1             1/(G|y|)
@@ -40,8 +41,8 @@ r = pi_theta/pi_old of a token; s = the geometric mean of r over its sequence. c
 left [1-eps_low, 1+eps_high] on the side to which A pushes it, else 1. R = reward of the sequence;
 mean and std are over its group, the G responses to one prompt. |y| = length of the sequence in
 tokens; L_max = the largest allowed length. H = mean entropy of pi_theta over the sequence; the
-factor 0.1e^H applies only where A > 0. g = 0.1. Except in "1/all tokens", N is also divided by the
-number of prompts.
+factor 0.1e^H applies only where A > 0. g = 0.1. Except in "1/all tokens", w is also divided by the
+number of prompts, N.
 
 One step of HPT on N = 2 prompts with n = 3 rollouts each:
 
@@ -72,7 +73,7 @@ number of ranks before backward(). The gradients of micro-batches add up; accele
 divides by the number of accumulation steps, so multiply by it too.
 
 Tensors are padded, (B, T), or packed, (1, T) with `seq` naming the sequence of each token: B
-sequences, T tokens. Log-probabilities are natural logarithms, of the tokens that were sampled.
+sequences, T tokens. Log-probabilities are natural logarithms, of the tokens of the responses.
 """
 
 import math
@@ -118,7 +119,8 @@ def log_ratio(t: Tokens) -> Tensor:
 def sequence_mean(x: Tensor, t: Tokens) -> Tensor:
     """The mean of x over the valid tokens of each token's own sequence, in the shape of x."""
     seq = given(t, "seq")
-    sums, counts = torch.zeros(2, int(seq.max()) + 1, dtype=x.dtype, device=x.device)
+    sums = torch.zeros(int(seq.max()) + 1, dtype=x.dtype, device=x.device)
+    counts = torch.zeros_like(sums)
     sums.index_add_(0, seq.flatten(), torch.where(t.valid, x, 0).flatten())
     counts.index_add_(0, seq.flatten(), t.valid.to(x.dtype).flatten())
     return (sums / counts.clamp(min=1))[seq]
@@ -133,7 +135,7 @@ def ref_theta(t: Tokens) -> Tensor:
 
 
 def ref_old(t: Tokens) -> Tensor:
-    """pi_ref = pi_old, the policy before the step's first update: the gradient of the ratio r."""
+    """pi_ref = pi_old, the policy that a step starts from: the gradient of the ratio r."""
     return given(t, "old_logp")
 
 
@@ -237,7 +239,7 @@ def adv_leave_one_out(rewards: Tensor) -> Tensor:
 def adv_standardised(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """A = (R - mean)/(std + 1e-6); 0 for a group of one.
 
-    std is the sample standard deviation (n-1), as in verl and TRL; the population std would be
+    std is the sample standard deviation (G-1), as in verl and TRL; the population std would be
     smaller by sqrt(7/8) at G = 8.
     """
     check_groups(rewards)
@@ -290,31 +292,31 @@ def scale_srft_sft(t: Tokens) -> Tensor:
     return 0.5 * (-mean_entropy).exp()
 
 
-# ---- N, the normaliser: the weight of each token of a sequence, (B,) float64. All take
+# ---- w, the normaliser: the weight of each token of a sequence, (B,) float64. All take
 #   lengths (B,)  tokens per sequence
 #   group (B,)    the prompt that a sequence belongs to, 0, 1, ..
-#   prompts       all prompts of the optimizer step on all ranks, whether they train on rollouts or
-#                 on demonstrations
+#   num_prompts   N, all prompts of the optimizer step on all ranks, whether they train on rollouts
+#                 or on demonstrations
 #   l_max         the largest allowed length of a response
 # They are computed before the step is cut into micro-batches: the cut cannot change the gradient.
 
 
-def per_sequence(lengths: Tensor, group: Tensor, prompts: int, l_max: int) -> Tensor:
+def per_sequence(lengths: Tensor, group: Tensor, num_prompts: int, l_max: int) -> Tensor:
     """1/(G |y|) per prompt: the mean over tokens, then over the group."""
-    return 1.0 / (prompts * group_sum(torch.ones_like(lengths), group) * lengths)
+    return 1.0 / (num_prompts * group_sum(torch.ones_like(lengths), group) * lengths)
 
 
-def per_constant(lengths: Tensor, group: Tensor, prompts: int, l_max: int) -> Tensor:
+def per_constant(lengths: Tensor, group: Tensor, num_prompts: int, l_max: int) -> Tensor:
     """1/(G L_max) per prompt: the same weight for every token, whatever the lengths."""
-    return 1.0 / (prompts * group_sum(torch.ones_like(lengths), group) * l_max)
+    return 1.0 / (num_prompts * group_sum(torch.ones_like(lengths), group) * l_max)
 
 
-def per_group_token(lengths: Tensor, group: Tensor, prompts: int, l_max: int) -> Tensor:
+def per_group_token(lengths: Tensor, group: Tensor, num_prompts: int, l_max: int) -> Tensor:
     """1/sum |y| per prompt: the mean over all tokens of the group."""
-    return 1.0 / (prompts * group_sum(lengths, group))
+    return 1.0 / (num_prompts * group_sum(lengths, group))
 
 
-def per_token(lengths: Tensor, group: Tensor, prompts: int, l_max: int) -> Tensor:
+def per_token(lengths: Tensor, group: Tensor, num_prompts: int, l_max: int) -> Tensor:
     """1/all tokens: the mean over all tokens of all prompts."""
     return 1.0 / lengths.double().sum().expand(len(lengths))
 
@@ -379,10 +381,11 @@ class Method(NamedTuple):
     rollouts: str | None  # the row that trains the rollouts
     demonstration: tuple[str, ...] = ()  # the rows that train it; their losses add up
     # "gate":  per prompt, the gate decides between the rollouts and the demonstration.
-    # "group": the demonstration joins the n-1 rollouts as one more member of the group.
+    # "group": the demonstration joins the rollouts as one more member, in place of a rollout.
     combine: str | None = None
 
 
+# In train_hpt.py, `sequences_of_prompt` gives some rows of demonstrations a coefficient.
 # fmt: off
 METHODS = {
     "sft":       Method(None, ("sft",)),
@@ -398,9 +401,9 @@ METHODS = {
     "luffy":     Method("luffy",   ("luffy_demo",),            "group"),
     "srft":      Method("srft",    ("srft_sft", "luffy_demo"), "group"),
     "hpt":       Method("dr_grpo", ("sft",),                   "gate"),
-    # The paper's ablation of what a gated prompt trains: SFT and offline RL, or offline RL alone.
-    "hpt_mix":   Method("dr_grpo", ("sft", "offline"),         "gate"),  # Mix/ON
-    "hpt_off":   Method("dr_grpo", ("offline",),               "gate"),  # OFF/ON
+    # The paper's ablation of what trains on the demonstration where the gate takes it.
+    "hpt_mix":   Method("dr_grpo", ("sft", "offline"),         "gate"),  # Mix/ON: SFT, offline RL
+    "hpt_off":   Method("dr_grpo", ("offline",),               "gate"),  # OFF/ON: offline RL
 }
 # fmt: on
 
@@ -422,7 +425,7 @@ def hpt_gate(correct: Tensor, n: int, gamma: float) -> tuple[Tensor, Tensor]:
 
 
 def smooth_gate(correct: Tensor, n: int, gamma: float | None = None) -> tuple[Tensor, Tensor]:
-    """(alpha, beta) = (P, 1 - P), two (N,) float64 tensors; the arguments are those of hpt_gate."""
+    """(alpha, beta) = (P, 1 - P), two (N,) float64 tensors. As hpt_gate, but gamma is ignored."""
     alpha = correct.double() / n
     return alpha, 1 - alpha
 
@@ -430,23 +433,23 @@ def smooth_gate(correct: Tensor, n: int, gamma: float | None = None) -> tuple[Te
 GATES = {"switch": hpt_gate, "smooth": smooth_gate}
 
 # ---- Which policy counts as pi_old. The sampler and the trainer compute slightly different
-# log-probabilities with the same weights. Each function takes both, of sampled tokens in any shape,
-# and returns (log pi_old, importance weight), both per token. The weight multiplies the advantage.
+# log-probabilities with the same weights. Each function takes both, per sampled token, in any
+# shape, and returns (log pi_old, importance weight). The weight multiplies the advantage.
 
 
-def pi_old_trainer(trainer: Tensor, sampler: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def pi_old_trainer(trainer_logp: Tensor, sampler_logp: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """The trainer's own policy before the first update of the step."""
-    return trainer, torch.ones_like(trainer)
+    return trainer_logp, torch.ones_like(trainer_logp)
 
 
-def pi_old_sampler(trainer: Tensor, sampler: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def pi_old_sampler(trainer_logp: Tensor, sampler_logp: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """The policy that drew the tokens, as the sampler reported it."""
-    return sampler, torch.ones_like(trainer)
+    return sampler_logp, torch.ones_like(sampler_logp)
 
 
-def pi_old_tis(trainer: Tensor, sampler: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def pi_old_tis(trainer_logp: Tensor, sampler_logp: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """The trainer's, with the truncated importance weight min(pi_trainer/pi_sampler, cap)."""
-    return trainer, (trainer - sampler).exp().clamp(max=cap)
+    return trainer_logp, (trainer_logp - sampler_logp).exp().clamp(max=cap)
 
 
 PI_OLD = {"trainer": pi_old_trainer, "sampler": pi_old_sampler, "tis": pi_old_tis}
@@ -469,14 +472,15 @@ def upge_loss(
 
     Args:
         row: a row of TABLE, or one of your own.
-        logp: (B, T) padded or (1, T) packed, log pi_theta of the sampled tokens. The gradient
+        logp: (B, T) padded or (1, T) packed, log pi_theta of the responses' tokens. The gradient
             flows through this argument only.
         valid: bool, shape of logp, false at padding. Padding may hold anything, NaN included.
-        advantage: from `row.advantage` or `gae`. Shape of logp, or (B, 1): one value per sequence.
-        weight: from `row.normaliser`, times a coefficient of your own. Shapes as for advantage.
+        advantage: from `row.advantage`; for ppo from `gae`. Shape of logp; padded input may also
+            have one value per sequence, (B, 1), except for ppo.
+        weight: from `row.normaliser`, times a coefficient of your own. Shape of logp, or (B, 1).
         old_logp: log pi_old, shape of logp. ppo, grpo, dr_grpo, dapo, cispo, gspo, luffy need it.
-        seq: int64, shape of logp, the sequence of each token. Packed gspo, srft and srft_sft need
-            it. If logp has several rows, each row is a sequence.
+        seq: int64, shape of logp, the sequence of each token of packed input. gspo, srft and
+            srft_sft need it if logp is (1, T). Without seq, each line of logp is a sequence.
         eps: clip range in place of the row's own: one number, or (below, above).
         entropy: entropy of pi_theta in nats, shape of logp. srft and srft_sft need it.
 
@@ -487,7 +491,8 @@ def upge_loss(
         ValueError: a tensor that the row needs is missing, or a shape does not fit.
     """
     check_shapes(logp, {"valid": valid, "old_logp": old_logp, "seq": seq, "entropy": entropy})
-    check_shapes(logp, {"advantage": advantage, "weight": weight}, one_per_row=True)
+    check_shapes(logp, {"weight": weight}, one_per_sequence=seq is None)
+    check_shapes(logp, {"advantage": advantage}, one_per_sequence=seq is None and not row.critic)
     # At least float32: bfloat16 has 3 digits and counts tokens only up to 256.
     logp = torch.where(valid, logp, 0).to(torch.promote_types(logp.dtype, torch.float32))
     with torch.no_grad():
@@ -499,20 +504,22 @@ def upge_loss(
             entropy = entropy.to(logp.dtype)
         A = torch.where(valid, advantage, 0)
         eps = row.eps if eps is None else eps
-        eps = eps if isinstance(eps, tuple) else (eps, eps)
+        eps = (eps, eps) if isinstance(eps, int | float) else tuple(eps)
         t = Tokens(logp.detach(), A, valid, eps, old_logp, seq, entropy)
         log_ref = row.log_ref(t)
         stable = row.stable(t)
-        N = torch.where(valid, weight, 0).to(logp.dtype)
-        coefficient = N * stable * row.scale(t) * A
+        w = torch.where(valid, weight, 0).to(logp.dtype)
+        coefficient = w * stable * row.scale(t) * A
     return -(coefficient * torch.exp(logp - log_ref)).sum(), stable
 
 
-def check_shapes(logp: Tensor, tensors: dict[str, Tensor | None], one_per_row: bool = False):
+def check_shapes(logp: Tensor, tensors: dict[str, Tensor | None], one_per_sequence: bool = False):
     """Raise ValueError if a tensor would broadcast to logp's shape in a way that is not meant."""
     if logp.ndim != 2:
         raise ValueError(f"logp must be (B, T), or packed (1, T), not {tuple(logp.shape)}")
-    allowed = [tuple(logp.shape)] + [(len(logp), 1)] * one_per_row
+    allowed = [tuple(logp.shape)]
+    if one_per_sequence:
+        allowed.append((len(logp), 1))
     for name, tensor in tensors.items():
         if tensor is not None and tuple(tensor.shape) not in allowed:
             shapes = " or ".join(map(str, allowed))
@@ -550,7 +557,7 @@ NAMES = {
 
 def table_text() -> str:
     """TABLE and METHODS as aligned text."""
-    lines = [["row", "data", "1_stable", "pi_ref", "A", "N"]]
+    lines = [["row", "data", "1_stable", "pi_ref", "A", "w"]]
     for name, row in TABLE.items():
         advantage = NAMES[row.advantage]
         if row.critic:

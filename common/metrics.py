@@ -104,19 +104,24 @@ class Counts:
 
 
 def step_metrics(
-    step: int, prompts: list, gated: bool, counts: Counts, times: dict[str, float], parameters: int
+    step: int,
+    prompts: list,
+    has_gate: bool,
+    counts: Counts,
+    times: dict[str, float],
+    parameters: int,
 ) -> dict:
     """The line of metrics.jsonl for one step.
 
     Args:
         prompts: the step's train_hpt.Prompt objects, all of them.
-        gated: whether a gate chose between rollouts and demonstration.
+        has_gate: whether a gate chose between rollouts and demonstration.
         counts: the total over the ranks.
         times: seconds per phase.
         parameters: of the policy.
     """
     metrics = {"step": step} | data_metrics(prompts)
-    if gated:
+    if has_gate:
         metrics["hpt/sft_frac"] = statistics.fmean(p.beta for p in prompts)
     if any(p.rollouts for p in prompts):
         metrics |= rollout_metrics(prompts, counts.timeouts, times["rollout"])

@@ -24,10 +24,10 @@ class Network(torch.nn.Module):
         self.lm = lm
 
     def states_before(self, ids: Tensor, response: Tensor) -> Tensor:
-        """The last hidden states (n, D) at the positions just before the tokens in `response`.
+        """The last hidden states (M, D) at the positions just before the tokens in `response`.
 
         ids is (B, T) int64, padded on the right. Under causal attention no real token sees the
-        padding, so there is no attention mask. response is (B, T) bool and marks the n tokens; it
+        padding, so there is no attention mask. response is (B, T) bool and marks the M tokens; it
         is never true in column 0.
         """
         hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
@@ -82,7 +82,7 @@ class Policy(Network):
 
     temperature: all logits are divided by it, as the sampler does. So every log-probability, also
     that of a demonstration, is one of softmax(logits / temperature).
-    chunk: the output layer is applied to this many tokens at a time. A full (n, V) matrix of logits
+    chunk: the output layer is applied to this many tokens at a time. A full (M, V) matrix of logits
     would take more memory than the rest of the model.
     """
 
@@ -96,13 +96,13 @@ class Policy(Network):
     def forward(
         self, ids: Tensor, response: Tensor, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities (n,) of the n tokens that `response` marks, and entropies or None.
+        """Log-probabilities (M,) of the M tokens that `response` marks, and entropies or None.
 
-        The n tokens come in the order of the rows, each row from left to right, without padding.
-        entropies (n,), in nats, are those of the distributions from which the tokens come. Both
+        The M tokens come in the order of the rows, each row from left to right, without padding.
+        entropies (M,), in nats, are those of the distributions from which the tokens come. Both
         are float32 or wider. ids and response are as in Network.states_before.
         """
-        hidden, targets = self.states_before(ids, response), ids[response]  # (n, D), (n,)
+        hidden, targets = self.states_before(ids, response), ids[response]  # (M, D), (M,)
         logp, entropy = [], []
         for states, tokens in zip(hidden.split(self.chunk), targets.split(self.chunk)):
             # checkpoint: the chunk's logits are computed again in the backward pass, not kept.
@@ -129,8 +129,8 @@ class Critic(Network):
     name = "critic"
 
     def forward(self, ids: Tensor, response: Tensor) -> Tensor:
-        """Values (n,) of the states before the n tokens in `response`; arguments as Policy's."""
-        hidden = self.states_before(ids, response)  # (n, D)
+        """Values (M,) of the states before the M tokens in `response`; arguments as Policy's."""
+        hidden = self.states_before(ids, response)  # (M, D)
         # In float32: bfloat16 has 3 digits, and advantages are often smaller than that error.
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight, bias = self.lm.score.weight.to(wide), self.lm.score.bias.to(wide)
