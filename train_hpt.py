@@ -66,7 +66,7 @@ def main(args) -> None:
             sampler.sleep()
             clock.lap("rollout")
 
-            # 2. Grade the rollouts, and the demonstrations if the method compares them.
+            # 2. Grade the rollouts, and the demonstrations if their reward is used.
             rewards, demo_rewards = grade(verifier, problems, rollouts, method, counts)
             clock.lap("reward")
 
@@ -74,12 +74,12 @@ def main(args) -> None:
             alpha, beta = apply_gate(rewards, method, args)
             prompts = list(map(Prompt, problems, rollouts, rewards, demo_rewards, alpha, beta))
 
-            # 4. Mini-batches of prompts, and of each the micro-batches that this rank computes.
+            # 4. Deal the prompts into mini-batches; build the micro-batches of this rank.
             minibatches = []
             for chunk in split_prompts(prompts, args.minibatches_per_step, args.seed, step):
                 minibatches.append(build_micro_batches(chunk, method, args, device))
 
-            # 5. log pi_old of the whole step, then one optimizer step per mini-batch.
+            # 5. Compute log pi_old for the whole step, then update once per mini-batch.
             old_policy_pass(policy, critic, minibatches, args, counts)
             probed = probe_gradients(policy, minibatches[0], step, args)
             for i, micro_batches in enumerate(minibatches):
@@ -123,7 +123,8 @@ def draw(problems: list, step: int, count: int, seed: int) -> list:
 def split_prompts(prompts: list, minibatches: int, seed: int, step: int) -> list[list]:
     """The prompts of a step, shuffled and dealt into mini-batches.
 
-    The number of mini-batches does not depend on the gate: each holds prompts of both kinds.
+    Their number does not depend on the gate. A mini-batch may hold prompts that train on their
+    rollouts and prompts that train on their demonstration.
     """
     order = distributed.shuffled(len(prompts), seed, "mini-batches", step)
     return [[prompts[q] for q in order[i::minibatches]] for i in range(minibatches)]
@@ -135,11 +136,11 @@ def warmed_up(lr: float, updates_before: int, warmup_steps: int) -> float:
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:
-    """Whether what happens every `every` steps (0: none) and always at the last step is due."""
+    """True at the last step, and at every multiple of `every` if that is not 0."""
     return step == last_step or (every > 0 and step % every == 0)
 
 
-# --------------------------------------------------------------------------- steps 1, 2 and 3
+# --------------------------------------------------------------------------- parts 1, 2 and 3
 
 
 class Prompt(NamedTuple):
@@ -154,7 +155,7 @@ class Prompt(NamedTuple):
 
 
 def rollouts_per_prompt(args) -> int:
-    """n; in a method that combines them into a group, the demonstration takes the place of one."""
+    """--samples-per-prompt, less one if the demonstration joins the group; 0 without rollouts."""
     method = METHODS[args.method]
     if method.rollouts is None:
         return 0
@@ -162,7 +163,7 @@ def rollouts_per_prompt(args) -> int:
 
 
 def sample_rollouts(sampler, problems: list, step: int, args) -> list[list[rollout.Rollout]]:
-    """The rollouts of each problem, sampled by all ranks together."""
+    """The rollouts of each problem. Each rank samples a share; every rank gets all of them."""
     n = rollouts_per_prompt(args)
     if n == 0:
         return [[] for _ in problems]
@@ -181,19 +182,21 @@ def sample_share(sampler, n: int, requests: list[tuple]) -> list[list[rollout.Ro
 def grade(verifier, problems: list, rollouts: list, method: Method, counts) -> tuple[list, list]:
     """(rewards per problem and rollout, reward per demonstration), each from 0 to 1.
 
+    Each rank grades a share; every rank gets all rewards.
+
     A demonstration is graded only if a row of the method computes an advantage from its reward;
     else its reward is 1.
     """
-    compared = any(TABLE[name].advantage is not adv_one for name in method.demonstration)
+    reward_used = any(TABLE[name].advantage is not adv_one for name in method.demonstration)
     n = len(rollouts[0])
     pairs = [(r.text, p["answer"]) for p, group in zip(problems, rollouts) for r in group]
-    if compared:
+    if reward_used:
         pairs += [(p["demonstration"], p["answer"]) for p in problems]
     timeouts_before = verifier.timeouts
     scores = distributed.share_work(pairs, functools.partial(grade_share, verifier))
     counts.timeouts += verifier.timeouts - timeouts_before
     rewards = [scores[i * n : (i + 1) * n] for i in range(len(problems))]
-    demo_rewards = scores[len(problems) * n :] if compared else [1.0] * len(problems)
+    demo_rewards = scores[len(problems) * n :] if reward_used else [1.0] * len(problems)
     return rewards, demo_rewards
 
 
@@ -203,7 +206,11 @@ def grade_share(verifier, pairs: list[tuple]) -> list[float]:
 
 
 def apply_gate(rewards: list, method: Method, args) -> tuple[list[float], list[float]]:
-    """(alpha, beta), one of each per prompt. Without a gate: 1 if the method trains it, else 0."""
+    """(alpha, beta), one of each per prompt.
+
+    Without a gate, alpha is 1 if the method trains on rollouts, and beta is 1 if it trains on
+    demonstrations; else they are 0.
+    """
     if method.combine == "gate":
         correct = torch.tensor([sum(group) for group in rewards])
         alpha, beta = GATES[args.gate](correct, args.samples_per_prompt, args.gamma)
@@ -212,7 +219,7 @@ def apply_gate(rewards: list, method: Method, args) -> tuple[list[float], list[f
     return [float(has_rollouts)] * len(rewards), [float(has_demonstration)] * len(rewards)
 
 
-# -------------------------------------------------------------- step 4: sequences and micro-batches
+# -------------------------------------------------------------- part 4: sequences and micro-batches
 
 
 class Sequence(NamedTuple):
@@ -295,8 +302,9 @@ def plan_micro_batches(sequences: list[Sequence], ranks: int, budget: int) -> li
     """For each rank its micro-batches, which are lists of sequences.
 
     The ranks get similar numbers of tokens, and equally many micro-batches, since FSDP's ranks move
-    together; some may be empty. The sequences of a micro-batch have similar lengths, so that there
-    is little padding. Its padded size is at most `budget` tokens, unless it is a single sequence.
+    together; a rank with fewer gets empty lists, which `collate` turns into fillers. The sequences
+    of a micro-batch have similar lengths, so that there is little padding. Its padded size is at
+    most `budget` tokens, unless it is a single sequence.
     """
     shares, load = [[] for _ in range(ranks)], [0] * ranks
     for s in sorted(sequences, key=total_length, reverse=True):
@@ -327,20 +335,21 @@ class MicroBatch:
     """B sequences of one row of the table that go through the model together.
 
     Padded tensors are (B, T). The M response tokens are packed, (1, M): sequence after sequence,
-    without padding. In this order policy(ids, response) returns log-probabilities and entropies,
-    each (M,).
+    without padding. policy(ids, response, with_entropy) returns two tensors (M,) in the same order:
+    the log-probabilities of these tokens, and their entropies, or None without with_entropy.
     """
 
     row: str  # its name
     ids: Tensor  # (B, T) int64, prompt and response, padded on the right
     response: Tensor  # (B, T) bool, marks the M tokens to train on
-    prompts: list[int]  # (B,) prompt_index of each sequence; empty in a filler
+    prompts: list[int]  # (B,) the prompt_index of each sequence; empty in a filler
     lengths: list[int]  # (B,) response tokens of each sequence
     tokens: int  # prompt and response tokens, without padding
     seq: Tensor  # (1, M) int64, which sequence a token belongs to, 0 .. B-1
     advantage: Tensor  # (1, M)
     weight: Tensor  # (1, M)
-    # Of rollouts only, (1, M). `old_policy_pass` fills in all but the first.
+    # These are (1, M), and None for demonstrations. `collate` sets sampler_logp; `old_policy_pass`
+    # sets the others.
     sampler_logp: Tensor | None = None
     old_logp: Tensor | None = None  # log pi_old
     value: Tensor | None = None  # of PPO's critic, before the update
@@ -348,7 +357,7 @@ class MicroBatch:
 
     @property
     def is_filler(self) -> bool:
-        """Whether it holds no sequence, but a dummy of weight 0, for a rank without work."""
+        """Whether it is a filler, one token of weight 0, for a rank that has no sequence left."""
         return not self.prompts
 
     @property
@@ -425,7 +434,7 @@ def build_micro_batches(chunk: list[Prompt], method: Method, args, device) -> li
     return micro_batches
 
 
-# ----------------------------------------------------------------------- step 5: the update
+# ----------------------------------------------------------------------- part 5: the update
 
 
 @torch.no_grad()
@@ -435,7 +444,7 @@ def old_policy_pass(policy, critic, minibatches: list[list[MicroBatch]], args, c
     By default log pi_old is the trainer's, as in the authors' code, not the sampler's.
     """
     rollouts = [m for micro_batches in minibatches for m in micro_batches if m.is_rollouts]
-    importance = []
+    importance = []  # importance weights, per micro-batch
     for m in distributed.progress_bar("pi_old", items=rollouts):
         logp, _ = policy(m.ids, m.response)  # (M,)
         logp = logp[None]  # (1, M)
@@ -534,14 +543,14 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
             if bonus:  # mean entropy of the rollouts, with the weights of the loss
                 loss = loss - bonus * (m.weight * entropy).sum()
         counts.tokens += m.tokens
-        counts.padded_tokens += 1 if m.is_filler else m.ids.numel()  # the dummy counts as 1
+        counts.padded_tokens += 1 if m.is_filler else m.ids.numel()
         (loss * distributed.world_size()).backward()
 
 
 def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts) -> None:
-    """Add the gradient of PPO's clipped value loss; the weights w_t are those of the policy.
+    """Add the gradient of PPO's clipped value loss. A token's w_t is that of the policy's loss.
 
-    sum_t w_t 1/2 max( (V - G)^2, (V_old + clip(V - V_old, -c, c) - G)^2 ),   G = return
+    sum_t w_t 1/2 max( (V - ret)^2, (V_old + clip(V - V_old, -c, c) - ret)^2 ),   ret = return
     """
     rollouts = [m for m in micro_batches if m.is_rollouts]
     for m in distributed.progress_bar("critic", items=rollouts):
@@ -557,7 +566,7 @@ def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts)
 
 
 def probe_gradients(policy, micro_batches: list[MicroBatch], step: int, args) -> dict:
-    """Every --probe-gradients steps, what common/probe.py measures of a mini-batch; else {}."""
+    """What common/probe.py measures, if the probe is due at this step; else {}."""
     if args.probe_gradients == 0 or step % args.probe_gradients:
         return {}
     unused = metrics.Counts()  # what the probe computes is not part of the step

@@ -1,9 +1,12 @@
 r"""Every post-training algorithm of arXiv 2509.04419 as one estimator.
 
 This file depends only on torch; copy it into your project, and start at `upge_loss`. The paper's
-Unified Policy Gradient Estimator (UPGE) has four components:
+Unified Policy Gradient Estimator (UPGE) has four components, a mask 1_stable, a denominator pi_ref,
+an advantage A, and the gradient of the policy pi_theta:
 
     grad J = sum_t  1_stable,t * (1 / pi_ref,t) * A_t * grad pi_theta(y_t | q, y_<t)
+
+pi_ref is not a frozen reference model, and there is no KL term.
 
 HPT, the paper's algorithm, chooses the components per question q. The model answers q with n
 rollouts, and P is the share that is right. If P > gamma, HPT trains on the rollouts with the row
@@ -37,14 +40,15 @@ table is a choice of components (TABLE below holds it, `python upge.py` prints i
     srft_sft    demo     1         pi_theta                       (1) * 0.5e^-H       1/(G L_max)
     srft_demo   demo     1         1                              (R - mean)/std      1/(G L_max)
 
-r = pi_theta/pi_old of a token; s = the geometric mean of r over its sequence. clip(x) is 0 if x has
-left [1-eps_low, 1+eps_high] on the side to which A pushes it, else 1. R = reward of the sequence;
-mean and std are over its group, the G responses to one prompt. |y| = length of the sequence in
+r = pi_theta/pi_old of a token; s = the geometric mean of r over its sequence. clip(x) is a mask: 0
+if x has left [1-eps_low, 1+eps_high] on the side to which A pushes it, else 1. R = reward of the
+sequence; mean and std are over its group. The group is the n rollouts of a prompt, or a
+demonstration alone, or (LUFFY, SRFT) both together; G is its size. |y| = length of the sequence in
 tokens; L_max = the largest allowed length. H = mean entropy of pi_theta over the sequence; the
 factor 0.1e^H applies only where A > 0. g = 0.1. Except in "1/all tokens", w is also divided by the
 number of prompts, N.
 
-One step of HPT on N = 2 prompts with n = 3 rollouts each:
+One step of HPT on N = 2 prompts with n = 3 rollouts each; c_sft is the coefficient of the SFT loss:
 
     >>> n, l_max, c_sft = 3, 10, 0.05
     >>> R = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])        # (N, n) rewards
@@ -126,7 +130,7 @@ def sequence_mean(x: Tensor, t: Tokens) -> Tensor:
     return (sums / counts.clamp(min=1))[seq]
 
 
-# ---- pi_ref, the reference policy: each function returns log pi_ref in the shape of t.logp
+# ---- pi_ref, the denominator: each function returns log pi_ref in the shape of t.logp
 
 
 def ref_theta(t: Tokens) -> Tensor:
@@ -135,7 +139,7 @@ def ref_theta(t: Tokens) -> Tensor:
 
 
 def ref_old(t: Tokens) -> Tensor:
-    """pi_ref = pi_old, the policy that a step starts from: the gradient of the ratio r."""
+    """pi_ref = pi_old: the gradient of the ratio r."""
     return given(t, "old_logp")
 
 
@@ -182,7 +186,9 @@ def stable_gspo(t: Tokens) -> Tensor:
 
 
 def clip_mask(ratio: Tensor, advantage: Tensor, eps: tuple[float, float]) -> Tensor:
-    """0 where PPO's objective min(r A, clip(r) A) is flat in r, else 1; shape and dtype of `ratio`.
+    """0 where PPO's objective is flat in r, else 1; shape and dtype of `ratio`.
+
+    The objective is min(r A, clamp(r, 1-eps_low, 1+eps_high) A).
 
     It is flat where A > 0 and r > 1+eps_high, and where A < 0 and r < 1-eps_low. Both comparisons
     are strict: at the bound itself the gradient passes.
@@ -192,7 +198,7 @@ def clip_mask(ratio: Tensor, advantage: Tensor, eps: tuple[float, float]) -> Ten
     return (~(too_high | too_low)).to(ratio.dtype)
 
 
-# ---- A, the advantage. Input: rewards (N, G), one row per prompt; if the group contains a
+# ---- A, the advantage. Input: rewards (N, G), one line per prompt; if the group contains a
 # demonstration, its reward comes last. Output: advantages, same shape.
 
 
@@ -257,7 +263,7 @@ def gae(
         A_t = delta_t + gamma lam A_{t+1},    delta_t = r_t + gamma V_{t+1} - V_t
 
     rewards (B, T) come with each token, usually 0 before the last; values (B, T) are the critic's,
-    of the state before each token; valid (B, T) bool marks a prefix of each row. Padding may hold
+    of the state before each token; valid (B, T) bool marks a prefix of each line. Padding may hold
     anything and gets A = 0. The episode ends with the last token: the value after it is 0. The
     returns that a critic fits are advantages + values.
     """
@@ -401,9 +407,9 @@ METHODS = {
     "luffy":     Method("luffy",   ("luffy_demo",),            "group"),
     "srft":      Method("srft",    ("srft_sft", "luffy_demo"), "group"),
     "hpt":       Method("dr_grpo", ("sft",),                   "gate"),
-    # The paper's ablation of what trains on the demonstration where the gate takes it.
-    "hpt_mix":   Method("dr_grpo", ("sft", "offline"),         "gate"),  # Mix/ON: SFT, offline RL
-    "hpt_off":   Method("dr_grpo", ("offline",),               "gate"),  # OFF/ON: offline RL
+    # The paper's ablation replaces SFT in HPT: Mix/ON adds offline RL to it, OFF/ON has it alone.
+    "hpt_mix":   Method("dr_grpo", ("sft", "offline"),         "gate"),  # Mix/ON
+    "hpt_off":   Method("dr_grpo", ("offline",),               "gate"),  # OFF/ON
 }
 # fmt: on
 

@@ -96,12 +96,21 @@ def test_mismatch_of_sampler_and_trainer():
 
 def test_clip_fraction_and_approximate_kl():
     counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=4.0)
-    logp, old = torch.tensor([[-1.0, -1.0, -2.0, -1.0]]), torch.tensor([[-1.0, -2.0, -1.0, -1.0]])
+    logp, old = torch.tensor([[-1.0, -1.0, -1.0, -1.0]]), torch.tensor([[-1.0, -2.0, -1.0, -1.0]])
     counts.add_rollouts(torch.tensor(0.5), logp, old, torch.tensor([[1.0, 0.0, 1.0, 1.0]]))
     metrics = measured(counts=counts)
     assert metrics["policy/clip_frac"] == 0.25 and metrics["loss/rl"] == 0.5
-    wanted = (math.e - 1 - 1 + math.exp(-1) - 1 + 1) / 4
+    wanted = (math.e - 1 - 1) / 4  # of pi_theta/pi_old = e; its inverse has another value
     assert metrics["policy/approx_kl"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_losses_of_micro_batches_add_up():
+    """Each weight contains its normaliser, so the losses are parts of one sum."""
+    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=2.0)
+    for loss in (0.25, -1.0):
+        one = torch.zeros(1, 1)
+        counts.add_rollouts(torch.tensor(loss), one, one, torch.ones(1, 1))
+    assert measured(counts=counts)["loss/rl"] == -0.75
 
 
 def test_nll_is_the_mean_over_demonstrations_of_their_mean_over_tokens():
@@ -125,6 +134,49 @@ def test_equal_returns_leave_nothing_to_explain():
     counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=2.0, critic_norms=[1.0])
     counts.add_returns(torch.ones(1, 2))
     assert "critic/explained_variance" not in measured(counts=counts)
+
+
+def test_a_critic_worse_than_none_explains_less_than_nothing():
+    """It predicts 1, 0, 1, 0 where the returns are 0, 1, 0, 1: the advantages are -1 and 1."""
+    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=4.0, advantage_variance=1.0)
+    counts.add_returns(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
+    counts.critic_norms = [1.0]
+    assert measured(counts=counts)["critic/explained_variance"] == pytest.approx(1 - 1 / 0.25)
+
+
+def test_skipped_updates_of_the_critic_are_counted():
+    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=1.0, critic_norms=[1.0, math.inf])
+    assert measured(counts=counts)["critic/skipped"] == 1
+
+
+def test_timeouts_are_those_of_the_verifier():
+    assert measured(timeouts=3.0)["reward/timeouts"] == 3.0
+
+
+def test_the_entropy_counts_tokens_not_responses():
+    prompt = made_up_prompt((1.0, 0.0), 1, 0, lengths=(1, 3))
+    other = prompt.rollouts[1]._replace(logp=[-2.0, -3.0, -4.0])
+    prompt.rollouts[1] = other
+    assert measured([prompt])["policy/entropy"] == (0.5 + 2 + 3 + 4) / 4
+
+
+def test_rollouts_that_the_gate_left_out_are_measured_too():
+    gated = made_up_prompt((0.0, 0.0), 0, 1, lengths=(1, 1), truncated=True)
+    metrics = measured([gated])
+    assert metrics["response_length/clip_ratio"] == 1.0 and metrics["reward/mean"] == 0.0
+
+
+def test_a_smooth_gate_trains_on_both_kinds():
+    assert measured([made_up_prompt((1.0, 0.0), 0.5, 0.5)])["hpt/offline_ratio"] == 1 / 3
+
+
+def test_use_of_a_gpu_is_6_operations_per_parameter_and_token(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3e9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    metrics = measured(tokens=1e5)  # of 1000 parameters, in 4 seconds
+    assert metrics["perf/mfu"] == pytest.approx(6 * 1000 * 1e5 / 4 / 989e12)
+    assert metrics["perf/max_memory_gb"] == 3.0
 
 
 def test_a_clock_measures_each_phase_from_the_end_of_the_last(monkeypatch):
