@@ -10,7 +10,7 @@ A problem is a dict:
     "turns"          the messages {role, content} that lead to the response, only where they are not
                      one question of the user, which "prompt" then is the last of
     "place"          where a problem with turns stands, for errors
-    "boxed"          True where the answer was boxed at the end of a demonstration without a box
+    "boxed"          what was added to a demonstration without a box: its answer in one
     "prompt_ids"     list of token ids, added by `tokenize`
     "demo_ids"       list of token ids, added by `tokenize` where there is a demonstration
 
@@ -218,10 +218,15 @@ def with_columns(row: dict, columns: dict[str, str], where: str) -> dict:
             if not isinstance(value, dict) or part not in value:
                 fail(where, f"no column '{name}', which --columns names (it has: {', '.join(row)})")
             value = value[part]
-        if key == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(int(value)) if value == value // 1 else str(value)
-        found[key] = value
+        found[key] = number_as_text(value) if key == "answer" else value
     return row | found
+
+
+def number_as_text(value):
+    """Return a finite number as text, without ".0" at its end; return anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return value
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def fields_of(row: dict, where: str, need_demonstration: bool) -> dict:
@@ -274,9 +279,8 @@ def with_box(problem: dict) -> dict:
     answer = problem["answer"]
     answer = answer[0] if isinstance(answer, list) else answer
     answer = re.sub(r"\A\$([^$]*)\$\Z", r"\1", answer.strip())
-    boxed = answer if "\\boxed" in answer else f"\\boxed{{{answer}}}"
-    demonstration = f"{problem['demonstration'].rstrip()}\n{boxed}"
-    return problem | {"demonstration": demonstration, "boxed": True}
+    boxed = "\n" + (answer if "\\boxed" in answer else f"\\boxed{{{answer}}}")
+    return problem | {"demonstration": problem["demonstration"].rstrip() + boxed, "boxed": boxed}
 
 
 def from_paper_columns(row: dict, where: str) -> dict:
@@ -730,8 +734,10 @@ def demonstration_ids(
     """
     texts = []
     for problem, prompt in zip(problems, prompts, strict=True):
-        text = tokens.without_end(problem.get("demonstration", ""), writer)
-        texts.append(tokens.without_open_tag(text, prompt))
+        boxed = problem.get("boxed", "")
+        own = problem.get("demonstration", "").removesuffix(boxed)
+        without_end = tokens.without_end(own, writer)
+        texts.append(tokens.without_open_tag(without_end + boxed, prompt))
     tokenized = writer.tokenizer(texts, add_special_tokens=False)["input_ids"]
     for i, ids in enumerate(tokenized):
         if writer.mentions_control(ids, is_assistant=True):
