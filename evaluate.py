@@ -60,6 +60,7 @@ class TestSet:
     name: str
     problems: list  # of dicts with "prompt", "answer", "prompt_ids" and perhaps "level"
     samples: int  # n, responses per problem
+    note: str = ""  # what was left out of the problems, if anything was
 
 
 def main(args) -> None:
@@ -80,13 +81,17 @@ def main(args) -> None:
         distributed.init_process_group()
         my_rank = distributed.rank()  # kept, since the process group ends with the engine
         settings = describe(args, config, test_sets)
+        for test in test_sets:
+            if test.note and my_rank == 0:
+                print(f"{test.name}: {test.note}", flush=True)
         with evaluation_directory(args, settings) as out:
             recorded = read_generations(out)
 
             # 3. Start an engine, unless no response is missing.
             sampler = None
             if is_incomplete(recorded, test_sets):
-                sampler = start_sampler(args, longest_prompt)
+                end_token_ids = data.end_token_ids(args.model, config, tokenizer)
+                sampler = start_sampler(args, longest_prompt, end_token_ids)
 
             # 4. Sample the responses that are missing; score all of them.
             results, timeouts = measure_all(test_sets, sampler, verifier, args.seed, recorded, out)
@@ -205,14 +210,15 @@ def load_test_sets(args, tokenizer) -> list[TestSet]:
     """Read the benchmarks of --bench and the files of --data; tokenise their prompts."""
     sources = {name: data.load_benchmark(name) for name in args.bench}
     for source in args.data:
-        sources[Path(source).stem] = data.load_problems(source)
+        sources[data.source_name(source)] = data.load_problems(source, columns=args.columns)
     test_sets = []
     for name, problems in sources.items():
         tokenized, _, _ = data.tokenize(
             problems, tokenizer, args.template, args.system_prompt, math.inf, math.inf
         )
         samples = data.paper_samples(name) if args.paper else args.samples
-        test_sets.append(TestSet(name, tokenized, samples))
+        note = data.changes(problems, args.template, args.system_prompt)
+        test_sets.append(TestSet(name, tokenized, samples, note.removeprefix(", ")))
     return test_sets
 
 
@@ -244,25 +250,69 @@ def problems_digest(problems: list[dict]) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def weights_digest(model: str) -> str | None:
-    """Return a hash of a model directory's config and weights; None for a model from the hub.
+# What decides a response besides the weights: configs, tokenizer, chat template, code.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "*.index.json",
+)
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+WHOLE = 2**30  # bytes of weights up to which all of them are read
+BLOCK, BLOCKS = 2**16, 16  # above that: bytes per block, and blocks per tensor
 
-    Of each file it reads the size and one mebibyte in the middle: enough to tell two checkpoints
-    apart, and quick for large ones.
+
+def weights_digest(model: str) -> str | None:
+    """Return a hash of what decides a model's responses; None for a model from the hub.
+
+    It is of every byte, except in .safetensors files of more than WHOLE bytes in total. Of these
+    it reads the header, and of each tensor BLOCKS blocks that are spread over all of it: training
+    changes every tensor everywhere, and 15 GB would take too long.
     """
-    paths = []
-    for pattern in ("config.json", "*.safetensors", "*.bin"):
-        paths += sorted(Path(model).glob(pattern))
-    if not paths:
+    weights, others = find_files(model, WEIGHT_FILES), find_files(model, MODEL_FILES)
+    if not weights and not others:
         return None
+    total = sum(path.stat().st_size for path in weights)
     digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+    for path in [path for path in others if path not in weights] + weights:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with open(path, "rb") as file:
-            file.seek(max(0, size // 2 - 2**19))
-            digest.update(file.read(2**20))
+            if path.suffix == ".safetensors" and total > WHOLE:
+                hash_tensors(file, digest)
+            else:
+                while chunk := file.read(2**24):
+                    digest.update(chunk)
     return digest.hexdigest()[:12]
+
+
+def find_files(folder: str, patterns: tuple[str, ...]) -> list[Path]:
+    """Return the files of a folder that match one of the patterns, sorted, each once."""
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern)}
+    return sorted(path for path in found if path.is_file())
+
+
+def hash_tensors(file, digest) -> None:
+    """Add to a digest the header of an open .safetensors file, and blocks of each of its tensors.
+
+    data.check_weights has read the header before, so it is whole.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    header = file.read(length)
+    digest.update(header)
+    for name, tensor in sorted(json.loads(header).items()):
+        if name == "__metadata__":
+            continue
+        start, end = tensor["data_offsets"]
+        last = max(0, end - start - BLOCK)  # where the last block begins
+        for offset in sorted({last * i // (BLOCKS - 1) for i in range(BLOCKS)}):
+            file.seek(8 + length + start + offset)
+            digest.update(file.read(min(BLOCK, end - start - offset)))
 
 
 @contextlib.contextmanager
@@ -375,7 +425,7 @@ def is_incomplete(recorded: dict, test_sets: list[TestSet]) -> bool:
     return any(len(recorded.get(test.name, {})) < len(test.problems) for test in test_sets)
 
 
-def start_sampler(args, longest_prompt: int) -> Sampler:
+def start_sampler(args, longest_prompt: int, end_token_ids: list[int] | None = None) -> Sampler:
     """Start an engine for args.model, with the settings of the flags."""
     override = functools.partial(
         data.override,
@@ -390,6 +440,7 @@ def start_sampler(args, longest_prompt: int) -> Sampler:
         top_p=args.top_p,
         config_overrides=override,
         tensor_parallel=args.tensor_parallel,
+        end_token_ids=end_token_ids,
         gpu_memory_utilization=args.gpu_memory_utilization,
         seed=args.seed,
     )
@@ -479,7 +530,8 @@ def compare(path_a: str, path_b: str, out: str | None = None) -> None:
 
     default = f"runs/compare-{Path(path_a).name}-{Path(path_b).name}"
     out = report.make_directory(out or default, exist_ok=True)
-    report.write_json(out / "comparison.json", {"a": path_a, "b": path_b, "results": numbers})
+    written = {"a": path_a, "b": path_b, "results": numbers}
+    report.write_json(out / "comparison.json", report.without_nan(written))
     lines = [f"- A: {path_a}", f"- B: {path_b}", *differing_settings(a, b), ""]
     lines += report.markdown_table(comparison_rows(numbers))
     text = "\n".join(lines)
@@ -560,7 +612,7 @@ def comparison_rows(numbers: dict) -> list[list]:
             f"{100 * part['a']:.1f}",
             f"{100 * part['b']:.1f}",
             f"{100 * part['difference']:+.1f}",
-            f"[{100 * low:+.1f}, {100 * high:+.1f}]",
+            "n/a" if math.isnan(low) else f"[{100 * low:+.1f}, {100 * high:+.1f}]",
             f"+{a_alone}/-{b_alone}",
         ]
         rows.append(row)

@@ -57,6 +57,8 @@ class Sampler:
             read.
         tensor_parallel: this many consecutive ranks share one engine; they must then make the same
             calls. It must divide the number of ranks.
+        end_token_ids: every token that ends a response, the tokenizer's own first. vLLM knows the
+            first, and those of generation_config.json; it does not look for others in config.json.
         gpu_memory_utilization: the share of the GPU's memory that the engine takes while awake.
             Build the sampler before the trainer takes memory.
         seed: of the engine. Samples depend on the seeds given to `generate` alone.
@@ -74,6 +76,7 @@ class Sampler:
         top_p: float = 1.0,
         config_overrides=None,
         tensor_parallel: int = 1,
+        end_token_ids: list[int] | None = None,
         gpu_memory_utilization: float = 0.5,
         seed: int = 0,
     ):
@@ -89,6 +92,7 @@ class Sampler:
         self.max_response_tokens = max_response_tokens
         self.temperature, self.top_p = temperature, top_p
         self.tensor_parallel = tensor_parallel
+        self.more_end_ids = (end_token_ids or [])[1:]
         self.can_sleep = torch.cuda.is_available()
         max_tokens = max_prompt_tokens + max_response_tokens
         if torch.cuda.is_available():
@@ -150,6 +154,7 @@ class Sampler:
                 temperature=self.temperature,
                 top_p=self.top_p,
                 max_tokens=self.max_response_tokens,
+                stop_token_ids=self.more_end_ids or None,
                 logprobs=0,  # of the sampled token only
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )

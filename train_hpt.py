@@ -48,7 +48,7 @@ def main(args) -> None:
     method = METHODS[args.method]
     inputs = load_inputs(args, method)  # bad models and data fail here, before slow starts
     with reward.Verifier(function=args.reward) as verifier:
-        device, sampler, policy, critic = start(args, method, inputs.config)
+        device, sampler, policy, critic = start(args, method, inputs.config, inputs.end_token_ids)
         out = report.open_run(args)
         print_plan(args, method, inputs, policy, critic, out)
         sampler.load(policy.weights())  # wakes the sampler, which `start` has put to sleep
@@ -96,7 +96,7 @@ def main(args) -> None:
             report.log(out, measured)
             report.log_samples(out, step, prompts)
             if is_due(step, args.save_every, args.steps):
-                save_checkpoint(out, step, args, policy, critic, inputs.tokenizer)
+                save_checkpoint(out, step, args, policy, critic, inputs)
         sampler.close()
     report.closing_table(out, args)
 
@@ -582,6 +582,7 @@ class Inputs(NamedTuple):
 
     tokenizer: object
     config: object  # of the model, overrides applied
+    end_token_ids: list[int]  # what ends a response, the tokenizer's own first
     problems: list[dict]
     left_out: str  # a sentence on the problems that do not fit
     held_out: list[dict]  # empty without --eval-data
@@ -606,7 +607,8 @@ def load_inputs(args, method: Method) -> Inputs:
             args, args.eval_data, tokenizer, flag="--eval-data"
         )
     data.check_weights(args.model, config)
-    return Inputs(tokenizer, config, problems, left_out, held_out, held_out_left_out)
+    end_token_ids = data.end_token_ids(args.model, config, tokenizer)
+    return Inputs(tokenizer, config, end_token_ids, problems, left_out, held_out, held_out_left_out)
 
 
 def needs_critic(method: Method) -> bool:
@@ -614,7 +616,7 @@ def needs_critic(method: Method) -> bool:
     return method.rollouts is not None and TABLE[method.rollouts].critic
 
 
-def start(args, method: Method, config):
+def start(args, method: Method, config, end_token_ids: list[int] | None = None):
     """Build (device, sampler, policy, critic or None); the sampler sleeps.
 
     The order matters on a GPU: vLLM measures the free memory when it starts, so it comes before the
@@ -633,6 +635,7 @@ def start(args, method: Method, config):
         temperature=args.temperature,
         config_overrides=overrides,
         tensor_parallel=args.tensor_parallel,
+        end_token_ids=end_token_ids,
         gpu_memory_utilization=args.gpu_memory_utilization,
         seed=args.seed,
     )
@@ -684,12 +687,19 @@ def evaluate_held_out(step: int, inputs: Inputs, sampler, verifier, args, out: P
     return report.held_out_metrics(results)
 
 
-def save_checkpoint(out: Path, step: int, args, policy, critic, tokenizer) -> None:
-    """Write final/ or step_N/, a plain Hugging Face directory; PPO's critic goes to its critic/."""
+def save_checkpoint(out: Path, step: int, args, policy, critic, inputs: Inputs) -> None:
+    """Write final/ or step_N/, a plain Hugging Face directory; PPO's critic goes to its critic/.
+
+    Raises:
+        SystemExit: training is over, and no optimizer step was ever taken.
+    """
+    if step == args.steps:
+        for network in [policy, critic] if critic else [policy]:
+            network.check_updated()
     directory = out / ("final" if step == args.steps else f"step_{step:06d}")
-    policy.save(directory, tokenizer)
+    policy.save(directory, inputs.tokenizer, inputs.end_token_ids)
     if critic:
-        critic.save(directory / "critic", tokenizer)
+        critic.save(directory / "critic", inputs.tokenizer)
 
 
 if __name__ == "__main__":

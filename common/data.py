@@ -7,19 +7,28 @@ A problem is a dict:
     "demonstration"  str, a worked solution; only where a method trains on demonstrations
     "system"         str, the system message that the data set asks for, if it has one
     "level"          str or number by which results are broken down, if the data set has one
+    "turns"          the messages {role, content} that lead to the response, only where they are not
+                     one question of the user, which "prompt" then is the last of
+    "place"          where a problem with turns stands, for errors
+    "boxed"          what was added to a demonstration without a box: its answer in one
     "prompt_ids"     list of token ids, added by `tokenize`
     "demo_ids"       list of token ids, added by `tokenize` where there is a demonstration
 
-Bad input ends the program with one sentence that names the flag, or the file and the line.
+docs/data.md says which forms of data are accepted. Bad input ends the program with one sentence
+that names the flag, or the file and the line.
 Everything slow is imported inside the functions, since common/flags.py imports this module.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+
+from common import tokens
 
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 # The paper's prompt for Llama-3.1-8B, a base model without a chat template.
@@ -36,27 +45,56 @@ def fail(where: str, why: str) -> NoReturn:
 
 
 def load_problems(
-    source: str | Path, need_demonstration: bool = False, flag: str = "--data"
+    source: str | Path,
+    need_demonstration: bool = False,
+    flag: str = "--data",
+    columns: dict[str, str] | None = None,
+    box: bool = True,
 ) -> list[dict]:
-    """Read the problems of a file, or of a data set on the hub (its split "train").
+    """Read the problems of a file, or of a data set on the hub.
 
-    A row has the keys of a problem, or the columns of the paper's training set (PAPER_DATA):
-    `prompt`, a list of messages; `target`, a list with the demonstration as a message; and
-    `reward_model.ground_truth`, the answer.
+    A row has the keys of a problem, or other names that `columns` gives, or a form of `fields_of`.
 
     Args:
-        source: a .jsonl, .json (one list of rows) or .parquet file, or the id of a hub data set.
+        source: a .jsonl, .json (one list of rows) or .parquet file, or a hub data set:
+            NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; the split is "train" if it is not given.
         need_demonstration: whether each row must have a demonstration. If not, it is not read.
         flag: the flag that named the source, for errors.
+        columns: {key of a problem: name of the column that holds it}.
+        box: whether a demonstration without a \\boxed{} gets its answer boxed at the end.
     """
-    path = Path(source)
-    if path.suffix in READERS or path.exists():
-        rows = read_file(path, flag)
+    if is_file(source):
+        rows = read_file(Path(source), flag)
     else:
-        rows = list(enumerate(load_hub(f"{flag} {source} is no file here", str(source)), 1))
+        name, config, split = split_hub_name(str(source), flag)
+        where = f"{flag} {source} is no file here"
+        rows = list(enumerate(load_hub(where, name, config, split), 1))
     if not rows:
         fail(f"{flag} {source}", "no rows")
-    return [to_problem(row, f"{source}:{line}", need_demonstration) for line, row in rows]
+    problems = []
+    for line, row in rows:
+        place = f"{source}:{line}"
+        problems.append(to_problem(row, place, need_demonstration, columns or {}, box))
+    return problems
+
+
+def is_file(source: str | Path) -> bool:
+    """Tell whether a source names a file (or a directory by mistake), not a hub data set."""
+    path = Path(source)
+    return path.suffix in READERS or path.exists()
+
+
+def source_name(source: str | Path) -> str:
+    """Return what results call a source: the name of a file, or the last part of a hub id."""
+    return Path(source).stem if is_file(source) else str(source).rpartition("/")[2]
+
+
+def split_hub_name(source: str, flag: str) -> tuple[str, str | None, str]:
+    """Return (name, config or None, split) of NAME, NAME:CONFIG or NAME:CONFIG:SPLIT."""
+    name, config, split = [*source.split(":", 2), "", ""][:3]
+    if not name:
+        fail(f"{flag} {source}", "no name before the colon; a hub data set is NAME:CONFIG:SPLIT")
+    return name, config or None, split or "train"
 
 
 def read_file(path: Path, flag: str) -> list[tuple]:
@@ -134,14 +172,14 @@ def load_hub(where: str, name: str, config: str | None = None, split: str = "tra
 # ------------------------------------------------------------------------------------ rows, checked
 
 
-def to_problem(row, where: str, need_demonstration: bool) -> dict:
+def to_problem(
+    row, where: str, need_demonstration: bool, columns: dict[str, str], box: bool
+) -> dict:
     """Return a row of a source as a problem, checked; `where` is its place in the source."""
     if not isinstance(row, dict):
         kind = type(row).__name__
         fail(where, f"a problem is an object with 'prompt' and 'answer', not {kind}")
-    fields = row
-    if isinstance(row.get("prompt"), list):
-        fields = from_paper_columns(row, where)
+    fields = fields_of(with_columns(row, columns, where), where, need_demonstration)
     needed = ["prompt", "answer"]
     if need_demonstration:
         needed.append("demonstration")
@@ -149,27 +187,107 @@ def to_problem(row, where: str, need_demonstration: bool) -> dict:
     for key in needed:
         if key not in fields:
             reason = "; this method trains on demonstrations" if key == "demonstration" else ""
-            fail(where, f"no '{key}' (it has: {', '.join(row)}){reason}")
+            fail(
+                where,
+                f"no '{key}' (it has: {', '.join(row)}){reason}; if a column has another name, "
+                f"say so with --columns {key}=NAME",
+            )
         check_text(key, fields[key], where)
         problem[key] = fields[key]
-    for key in ("system", "level"):
+    for key in ("system", "level", "turns", "place"):
         if fields.get(key) is not None:
             problem[key] = fields[key]
     if "level" in problem:
         check_level(problem["level"], where)
+    if "system" in problem and not isinstance(problem["system"], str):
+        fail(where, f"'system' must be a string, not {problem['system']!r:.60}")
     check_characters(problem, where)
-    return problem
+    return with_box(problem) if need_demonstration and box else problem
+
+
+def with_columns(row: dict, columns: dict[str, str], where: str) -> dict:
+    """Return a row with the keys of a problem, from the columns that the user has named.
+
+    A name with dots stands for a value inside others, as reward_model.ground_truth. An answer may
+    be a number here, since many data sets hold answers as numbers.
+    """
+    found = {}
+    for key, name in columns.items():
+        value = row
+        for part in [name] if name in row else name.split("."):
+            if not isinstance(value, dict) or part not in value:
+                fail(where, f"no column '{name}', which --columns names (it has: {', '.join(row)})")
+            value = value[part]
+        found[key] = number_as_text(value) if key == "answer" else value
+    return row | found
+
+
+def number_as_text(value):
+    """Return a finite number as text, without ".0" at its end; return anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return value
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def fields_of(row: dict, where: str, need_demonstration: bool) -> dict:
+    """Return the fields of a problem from a row in one of the forms that are known.
+
+    They are the keys of a problem; the columns of the paper's training set (PAPER_DATA): `prompt`,
+    a list of messages; `target`, a list with the demonstration as a message; and
+    `reward_model.ground_truth`, the answer; and GSM8K's form: `question`, and an `answer` that is
+    worked and ends in "#### 72".
+    """
+    fields = dict(row)
+    if isinstance(row.get("prompt"), list):
+        fields |= from_paper_columns(row, where)
+        if need_demonstration and row.get("target") and "demonstration" not in row:
+            fields["demonstration"] = from_target(row["target"], where)
+    extra = row.get("extra_info")
+    if row.get("level") is None and isinstance(extra, dict) and extra.get("level") is not None:
+        fields["level"] = extra["level"]
+    worked = split_worked(fields.get("answer"))
+    if worked:
+        if "prompt" not in fields and "question" in fields:
+            fields["prompt"] = fields["question"]
+        demonstration = fields.get("demonstration", fields["answer"])
+        fields["demonstration"] = (split_worked(demonstration) or [demonstration])[0]
+        fields["answer"] = worked[1]
+    return fields
+
+
+def split_worked(text) -> tuple[str, str] | None:
+    """Return (worked solution, answer) of a text in GSM8K's form, else None.
+
+    The form is a solution whose last line is "#### 72". Its calculator marks, as <<48/2=24>>, are
+    for a tool, and are taken out of the solution.
+    """
+    match = re.fullmatch(r"(.*?)\s*^[ \t]*####[ \t]*(\S[^\n]*?)\s*", str(text), re.DOTALL | re.M)
+    if not isinstance(text, str) or not match:
+        return None
+    solution, answer = match.groups()
+    return re.sub(r"<<[^<>]*>>", "", solution), answer
+
+
+def with_box(problem: dict) -> dict:
+    """Return a problem whose demonstration ends in its boxed answer, if it had no box at all.
+
+    The verifier reads the last box of a response, so a model that never sees one learns nothing
+    that is rewarded.
+    """
+    if re.search(r"\\boxed\s*\{", problem["demonstration"]):
+        return problem
+    answer = problem["answer"]
+    answer = answer[0] if isinstance(answer, list) else answer
+    answer = re.sub(r"\A\$([^$]*)\$\Z", r"\1", answer.strip())
+    boxed = "\n" + (answer if "\\boxed" in answer else f"\\boxed{{{answer}}}")
+    return problem | {"demonstration": problem["demonstration"].rstrip() + boxed, "boxed": boxed}
 
 
 def from_paper_columns(row: dict, where: str) -> dict:
-    """Return the fields of a problem from a row with the columns of the paper's training set."""
+    """Return prompt, answer, system message and turns of a row whose `prompt` is a list."""
     try:
-        messages = {message["role"]: message["content"] for message in row["prompt"]}
-        fields = {"prompt": messages["user"], "answer": row["reward_model"]["ground_truth"]}
-        if "system" in messages:
-            fields["system"] = messages["system"]
-        if row.get("target"):
-            fields["demonstration"] = row["target"][0]["content"]
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in row["prompt"]]
+        answer = row["answer"] if "answer" in row else row["reward_model"]["ground_truth"]
     except (KeyError, TypeError, IndexError) as error:
         fail(
             where,
@@ -177,7 +295,56 @@ def from_paper_columns(row: dict, where: str) -> dict:
             "'target', lists of messages {role, content}, and reward_model.ground_truth "
             f"({type(error).__name__}: {error})",
         )
+    system, turns = split_system(turns, where)
+    check_turns(turns, where)
+    questions = [turn["content"] for turn in turns if turn["role"] == "user"]
+    fields = {"prompt": questions[-1], "answer": answer}
+    if system:
+        fields["system"] = system
+    if len(turns) > 1:
+        fields |= {"turns": turns, "place": where}
     return fields
+
+
+def split_system(turns: list[dict], where: str) -> tuple[str, list[dict]]:
+    """Return the system messages of a conversation as one text, and its other turns."""
+    for turn in turns:
+        if not isinstance(turn["content"], str):
+            fail(where, f"the content of a message must be a string, not {turn['content']!r:.60}")
+    first = 0
+    while first < len(turns) and turns[first]["role"] == "system":
+        first += 1
+    system = "\n\n".join(turn["content"] for turn in turns[:first] if turn["content"].strip())
+    return system, turns[first:]
+
+
+def check_turns(turns: list[dict], where: str) -> None:
+    """End the program unless the turns after the system message are of the user and an assistant.
+
+    The last may be the assistant's: then the model goes on with what it says.
+    """
+    for turn in turns:
+        if turn["role"] == "system":
+            fail(where, "a system message after another turn; it must come first")
+        if turn["role"] not in ("user", "assistant"):
+            fail(where, f"a message of the role {turn['role']!r}, not system, user or assistant")
+        if not turn["content"].strip():
+            fail(where, f"'prompt' must not hold an empty message (of the {turn['role']})")
+    if not any(turn["role"] == "user" for turn in turns):
+        fail(where, "'prompt' has no message of the user")
+
+
+def from_target(target, where: str) -> str:
+    """Return the demonstration in the column `target`: text, or a list with one message."""
+    if isinstance(target, str):
+        return target
+    messages = target if isinstance(target, list) else [target]
+    if len(messages) != 1:
+        fail(where, f"'target' must be one message of the assistant, not {len(messages)} messages")
+    message = messages[0]
+    if not isinstance(message, dict) or message.get("role") != "assistant":
+        fail(where, f"'target' must be one message of the assistant, not {message!r:.60}")
+    return message.get("content")
 
 
 def check_text(key: str, value, where: str) -> None:
@@ -322,6 +489,29 @@ def load_config_and_tokenizer(
     return override(config, rope_theta, max_position_embeddings), tokenizer
 
 
+def end_token_ids(model: str, config, tokenizer) -> list[int]:
+    """Return every token that ends a response, the tokenizer's end-of-sequence token first.
+
+    The tokenizer, the config and the generation config of a model each name some, and they differ
+    where a chat model was made of a base model. The sampler stops at all of them, and a model that
+    was trained is saved with all of them: else it would not know its own end.
+    """
+    from transformers import GenerationConfig
+
+    configs = [config, config.get_text_config()]
+    with contextlib.suppress(OSError):  # not every model has one
+        configs.append(GenerationConfig.from_pretrained(model))
+    named = [getattr(named_by, "eos_token_id", None) for named_by in configs]
+    ids = [tokenizer.eos_token_id]
+    for value in named:
+        for token in value if isinstance(value, list | tuple) else [value]:
+            # Some configs name a token outside the vocabulary, which can never be sampled.
+            is_token = isinstance(token, int) and 0 <= token < config.get_text_config().vocab_size
+            if is_token and token not in ids:
+                ids.append(token)
+    return ids
+
+
 def override(config, rope_theta: float | None = None, max_position_embeddings: int | None = None):
     """Change a Hugging Face config in place and return it.
 
@@ -410,9 +600,14 @@ def load_fitting_problems(
 ) -> tuple[list[dict], str]:
     """Read and tokenise the problems of a source, as the flags of training say.
 
-    Returns the problems that fit, and a sentence on how many were left out.
+    Returns the problems that fit, and a sentence on what was left out or changed.
     """
-    problems = load_problems(source, need_demonstration, flag)
+    columns = args.columns
+    if flag == "--eval-data" and args.eval_columns is not None:
+        columns = args.eval_columns
+    # A verifier of the user's own may want answers in another form than a box.
+    box = args.reward == "reward:grade"
+    problems = load_problems(source, need_demonstration, flag, columns, box)
     fitting, long_prompts, long_demonstrations = tokenize(
         problems,
         tokenizer,
@@ -426,7 +621,23 @@ def load_fitting_problems(
         left_out += f", {long_demonstrations} with a demonstration over {args.max_response_tokens}"
     if not fitting:
         fail(f"{flag} {source}", f"no problem is left: {left_out}")
-    return fitting, left_out
+    return fitting, left_out + changes(fitting, args.template, args.system_prompt)
+
+
+def changes(problems: list[dict], template: str, system: str) -> str:
+    """Return what was done to problems beyond leaving some out: "" or clauses after a comma."""
+    clauses = ""
+    own_system = sum("system" in problem for problem in problems)
+    if own_system and template == "plain":
+        clauses += f", {own_system} without their own system message, as --template plain has none"
+    elif own_system and system != "data":
+        clauses += (
+            f", {own_system} without their own system message (--system-prompt data keeps it)"
+        )
+    boxed = sum("boxed" in problem for problem in problems)
+    if boxed:
+        clauses += f", {boxed} with the answer boxed at the end of a demonstration without a box"
+    return clauses
 
 
 def tokenize(
@@ -440,8 +651,9 @@ def tokenize(
     """Add "prompt_ids", and "demo_ids" where there is a demonstration; leave out what is too long.
 
     Prompt and demonstration are tokenised apart, as they are when the model samples a response. A
-    demonstration ends in the end-of-sequence token. Nothing is cut: a demonstration without its end
-    would teach the model never to stop.
+    demonstration ends in the end-of-sequence token, once. Nothing is cut: a demonstration without
+    its end would teach the model never to stop. Special tokens in the words of a data set are text
+    (common/tokens.py).
 
     Args:
         template, system: as in `render`.
@@ -451,24 +663,86 @@ def tokenize(
         (problems that fit, number with too long a prompt, number of others with too long a
         demonstration).
     """
-    # A chat template writes the special tokens itself, as the one that begins a sequence. For the
-    # plain template the tokenizer adds them.
+    writer = tokens.Writer(tokenizer)
     texts = [render(problem, tokenizer, template, system) for problem in problems]
-    prompts = tokenizer(texts, add_special_tokens=template == "plain")["input_ids"]
-    texts = [problem.get("demonstration", "") for problem in problems]
-    demonstrations = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = prompt_ids(problems, texts, writer, template, system)
+    demonstrations = demonstration_ids(problems, texts, writer)
     fitting, long_prompts, long_demonstrations = [], 0, 0
-    for problem, prompt_ids, demo_ids in zip(problems, prompts, demonstrations, strict=True):
-        with_tokens = problem | {"prompt_ids": prompt_ids}
+    for problem, ids, demo_ids in zip(problems, prompts, demonstrations, strict=True):
+        with_tokens = problem | {"prompt_ids": ids}
         if "demonstration" in problem:
             with_tokens["demo_ids"] = [*demo_ids, tokenizer.eos_token_id]
-        if len(prompt_ids) > max_prompt_tokens:
+        if len(ids) > max_prompt_tokens:
             long_prompts += 1
         elif len(with_tokens.get("demo_ids", [])) > max_response_tokens:
             long_demonstrations += 1
         else:
             fitting.append(with_tokens)
     return fitting, long_prompts, long_demonstrations
+
+
+def prompt_ids(
+    problems: list[dict], texts: list[str], writer: tokens.Writer, template: str, system: str
+) -> list[list[int]]:
+    """Return the token ids of prompts, of which `texts` are what `render` makes of the problems."""
+    # A chat template writes the special tokens itself, as the one that begins a sequence. For the
+    # plain template the tokenizer adds them.
+    add = template == "plain"
+    prompts = writer.tokenizer(texts, add_special_tokens=add)["input_ids"]
+    for i in mentioning_control(problems, writer):
+        protected = protect(problems[i], writer)
+        text = render(protected, writer.tokenizer, template, system)
+        prompts[i] = writer.ids(text, add_special_tokens=add)
+    return prompts
+
+
+def mentioning_control(problems: list[dict], writer: tokens.Writer) -> list[int]:
+    """Return the indices of problems of which a message holds a control token it may not hold."""
+    owners, contents, assistants = [], [], []
+    for i, problem in enumerate(problems):
+        for turn in messages_of(problem, "data"):
+            owners.append(i)
+            contents.append(turn["content"])
+            assistants.append(turn["role"] == "assistant")
+    tokenized = writer.tokenizer(contents, add_special_tokens=False)["input_ids"]
+    found = set()
+    for i, ids, is_assistant in zip(owners, tokenized, assistants, strict=True):
+        if writer.mentions_control(ids, is_assistant):
+            found.add(i)
+    return sorted(found)
+
+
+def protect(problem: dict, writer: tokens.Writer) -> dict:
+    """Return a problem whose words are marked as text, so that a template can take them."""
+    protected = problem | {"prompt": writer.protect(problem["prompt"])}
+    if "system" in problem:
+        protected["system"] = writer.protect(problem["system"])
+    if "turns" in problem:
+        protected["turns"] = []
+        for turn in problem["turns"]:
+            content = writer.protect(turn["content"], turn["role"] == "assistant")
+            protected["turns"].append({"role": turn["role"], "content": content})
+    return protected
+
+
+def demonstration_ids(
+    problems: list[dict], prompts: list[str], writer: tokens.Writer
+) -> list[list[int]]:
+    """Return the token ids of demonstrations without their end; of none, [].
+
+    What a prompt ends in, as <think>, is not repeated.
+    """
+    texts = []
+    for problem, prompt in zip(problems, prompts, strict=True):
+        boxed = problem.get("boxed", "")
+        own = problem.get("demonstration", "").removesuffix(boxed)
+        without_end = tokens.without_end(own, writer)
+        texts.append(tokens.without_open_tag(without_end + boxed, prompt))
+    tokenized = writer.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for i, ids in enumerate(tokenized):
+        if writer.mentions_control(ids, is_assistant=True):
+            tokenized[i] = writer.ids(writer.protect(texts[i], is_assistant=True))
+    return tokenized
 
 
 def render(problem: dict, tokenizer, template: str = "chat", system: str = SYSTEM) -> str:
@@ -479,24 +753,57 @@ def render(problem: dict, tokenizer, template: str = "chat", system: str = SYSTE
         system: the system message of the chat; "" for none, "data" for the problem's own.
     """
     if template == "plain":
+        if "turns" in problem:
+            fail(
+                problem["place"],
+                "'prompt' has several turns, and --template plain writes a single question: use "
+                "--template chat",
+            )
         return PLAIN.replace("{prompt}", problem["prompt"])
     if not tokenizer.chat_template:
         fail(
             f"--model {tokenizer.name_or_path}",
             "its tokenizer has no chat template: use --template plain",
         )
-    if system == "data":
-        system = problem.get("system", "")
-    messages = [{"role": "user", "content": problem["prompt"]}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
+    messages = messages_of(problem, system)
+    goes_on = messages[-1]["role"] == "assistant"
+    place = f"{problem['place']}: " if "place" in problem else ""
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            tokenize=False,
+        )
         if not text.strip():
             raise ValueError("it makes nothing of it")
+        if "turns" in problem or system == "data":
+            check_all_shown(messages, text)
     except Exception as error:  # a template is a program that comes with the model
         raise SystemExit(
-            f"error: the model's chat template refuses this conversation: {error}; if it knows no "
-            "system message, use --system-prompt '' (or --template plain)"
+            f"error: {place}the model's chat template refuses this conversation: {error}; if it "
+            "knows no system message, use --system-prompt '' (or --template plain)"
         ) from error
     return text
+
+
+def messages_of(problem: dict, system: str) -> list[dict]:
+    """Return the messages {role, content} of a problem; `system` is as in `render`."""
+    messages = problem.get("turns") or [{"role": "user", "content": problem["prompt"]}]
+    if system == "data":
+        system = problem.get("system", "")
+    return [{"role": "system", "content": system}, *messages] if system else list(messages)
+
+
+def check_all_shown(messages: list[dict], text: str) -> None:
+    """Raise ValueError unless a rendered prompt holds the content of all messages, in order.
+
+    Templates may leave out what an assistant thought before it answered, and no more.
+    """
+    start = 0
+    for message in messages:
+        content = message["content"].rpartition("</think>")[2].strip()
+        place = text.find(content, start)
+        if place < 0:
+            raise ValueError(f"it leaves out the {message['role']}'s message {content!r:.60}")
+        start = place + len(content)

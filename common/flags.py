@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common.data import BENCHMARKS, PAPER_DATA, SYSTEM
+from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
 from common.distributed import one_failure_message
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -27,6 +27,8 @@ TOY_ARGS = REPOSITORY / "toy" / "toy.args"
 METHODS = ["sft", "dft", "reinforce", "rloo", "ppo", "grpo", "dr_grpo", "dapo", "cispo", "gspo"]
 METHODS += ["luffy", "srft", "hpt", "hpt_mix", "hpt_off"]
 GROUP_METHODS = ["luffy", "srft"]  # those with combine == "group"
+# Those that train on nothing but rollouts whose advantage is 0 if a group holds one rollout.
+COMPARING_METHODS = ["rloo", "grpo", "dr_grpo", "dapo", "cispo", "gspo"]
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -84,6 +86,24 @@ def unwritable_parent(path: str) -> Path | None:
     absolute = Path(path).absolute()
     parent = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
     return None if parent.is_dir() and os.access(parent, os.W_OK) else parent
+
+
+COLUMNS = ("prompt", "answer", "demonstration", "system", "level")
+
+
+def columns(text: str) -> dict[str, str]:
+    """An argparse type: KEY=COLUMN,..., the columns that hold the keys of a problem."""
+    found = {}
+    for pair in text.split(","):
+        key, _, column = (part.strip() for part in pair.partition("="))
+        if key not in COLUMNS or not column:
+            raise argparse.ArgumentTypeError(
+                f"must be KEY=COLUMN,... with the keys {', '.join(COLUMNS)}, not {text}"
+            )
+        if key in found:
+            raise argparse.ArgumentTypeError(f"names a column for {key} twice: {text}")
+        found[key] = column
+    return found
 
 
 def critic_directory(text: str) -> str:
@@ -219,8 +239,16 @@ def training_parser() -> Parser:
     add_model_flags(parser)
 
     group = parser.add_argument_group("data")
-    text(group, "--data", "SOURCE", "problems: .jsonl, .json, .parquet, hub id", PAPER_DATA)
+    text(group, "--data", "SOURCE", SOURCES, PAPER_DATA)
+    add_columns_flag(group)
     text(group, "--eval-data", "SOURCE", "held-out problems on which accuracy is measured (none)")
+    text(
+        group,
+        "--eval-columns",
+        "KEY=COLUMN,...",
+        "columns of --eval-data (those of --columns)",
+        kind=columns,
+    )
     add_prompt_flags(group)
     number(group, "--max-prompt-tokens", COUNT, 1024, "problems with longer prompts are left out")
     number(group, "--max-response-tokens", COUNT, 8192, "L_max; longer demonstrations are left out")
@@ -350,6 +378,12 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
             f"--method {args.method} combines rollouts and the demonstration into a group: "
             f"--samples-per-prompt must be at least 2, not {args.samples_per_prompt}"
         )
+    if args.method in COMPARING_METHODS and args.samples_per_prompt < 2:
+        parser.error(
+            f"--method {args.method} compares the rollouts of a prompt with each other, and would "
+            "train on nothing: --samples-per-prompt must be at least 2, not "
+            f"{args.samples_per_prompt}"
+        )
     if args.critic and args.method != "ppo":
         parser.error(f"--critic is for --method ppo, not {args.method}")
     if args.minibatches_per_step > args.prompts_per_step:
@@ -393,8 +427,9 @@ def evaluation_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help=".jsonl, .json or .parquet files, or hub ids (none)",
+        help=f"problems: {SOURCES} (none)",
     )
+    add_columns_flag(group)
     # The protocol is the defaults below, and the samples per problem of data.paper_samples.
     group.add_argument(
         "--paper",
@@ -448,7 +483,7 @@ def check_evaluation(parser: Parser, args: argparse.Namespace) -> None:
             args.bench = list(BENCHMARKS)
     if args.samples is None:
         args.samples = 8
-    names = args.bench + [Path(source).stem for source in args.data]
+    names = args.bench + [source_name(source) for source in args.data]
     if not names:
         parser.error(
             "nothing to evaluate on: name a --bench, or a file as --data, or take --paper for all "
@@ -480,6 +515,20 @@ def add_model_flags(parser: Parser) -> None:
         COUNT,
         None,
         "replaces the config's value; the paper: 16384 for Qwen2.5-Math",
+    )
+
+
+SOURCES = ".jsonl, .json, .parquet, or hub NAME:CONFIG:SPLIT"
+
+
+def add_columns_flag(group) -> None:
+    """Add the flag that names the columns of --data."""
+    text(
+        group,
+        "--columns",
+        "KEY=COLUMN,...",
+        f"columns of --data that hold {', '.join(COLUMNS)} (these)",
+        kind=columns,
     )
 
 

@@ -36,6 +36,15 @@ class Clock:
         self.last = now
 
 
+def divergence(log_ratio: Tensor) -> float:
+    """The sum of r - 1 - log r over tokens, where log r is `log_ratio`; it is never negative.
+
+    In float32, r - 1 is mostly rounding where r is close to 1, and the sum could fall below 0.
+    """
+    log_ratio = log_ratio.double()
+    return (log_ratio.expm1() - log_ratio).clamp(min=0).sum().item()
+
+
 @dataclasses.dataclass
 class Counts:
     """Sums over the sequences that this rank trains on in one step."""
@@ -72,7 +81,7 @@ class Counts:
         or a wrong temperature.
         """
         gap = trainer - sampler
-        self.mismatch_kl += (gap.exp() - 1 - gap).sum().item()
+        self.mismatch_kl += divergence(gap)
         self.mismatch_max = max(gap.abs().max().item(), self.mismatch_max)
         self.old_tokens += gap.numel()
 
@@ -88,7 +97,7 @@ class Counts:
         self.rl_loss += loss.item()
         self.rl_tokens += logp.numel()
         self.clipped += (stable == 0).sum().item()
-        self.approx_kl += log_ratio.exp().sub(1 + log_ratio).sum().item()
+        self.approx_kl += divergence(log_ratio)
 
     def add_demonstrations(self, logp: Tensor, lengths: list[int]) -> None:
         """An update on demonstrations: logp (1, n) of demonstrations of these lengths."""

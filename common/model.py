@@ -18,6 +18,7 @@ class Network(torch.nn.Module):
 
     name = "network"
     optimizer: torch.optim.Optimizer  # set by `shard`
+    updates = 0  # optimizer steps that were taken, not skipped
 
     def __init__(self, lm):
         super().__init__()
@@ -47,10 +48,41 @@ class Network(torch.nn.Module):
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm).full_tensor().item()
         if math.isfinite(norm):
             self.optimizer.step()
+            self.updates += 1
         elif distributed.rank() == 0:
             print(f"gradient norm of the {self.name} is {norm}: update skipped", flush=True)
         self.optimizer.zero_grad()
         return norm
+
+    def check_finite(self, where: str) -> None:
+        """Raise SystemExit if a weight is not a finite number; `where` says where it comes from.
+
+        Each rank looks at its own shard, so every rank must call this.
+        """
+        found = None
+        for name, parameter in self.lm.named_parameters():
+            shard = parameter.detach()
+            shard = shard.to_local() if hasattr(shard, "to_local") else shard
+            if not shard.isfinite().all():
+                found = name
+                break
+        everywhere = [None] * distributed.world_size()
+        dist.all_gather_object(everywhere, found)
+        names = [name for name in everywhere if name]
+        if names:
+            raise SystemExit(
+                f"error: {where}: its weights are not finite numbers (nan or inf in {names[0]}): "
+                "take a checkpoint that is whole"
+            )
+
+    def check_updated(self) -> None:
+        """Raise SystemExit unless at least one optimizer step was taken, at the end of training."""
+        if self.updates == 0:
+            raise SystemExit(
+                f"error: every optimizer step of the {self.name} was skipped, since its gradient "
+                "was never finite: the model is unchanged, and is not saved as final/; look for "
+                "nan in the metrics, or lower --lr"
+            )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) pairs, in the dtype in which the sampler computes.
@@ -62,8 +94,11 @@ class Network(torch.nn.Module):
             dtype = torch.bfloat16 if parameter.is_cuda else torch.float32
             yield name, parameter.detach().full_tensor().to(dtype)
 
-    def save(self, directory: Path, tokenizer) -> None:
-        """Write a plain Hugging Face directory, with the weights as the sampler has them."""
+    def save(self, directory: Path, tokenizer, end_token_ids: list[int] | None = None) -> None:
+        """Write a plain Hugging Face directory, with the weights as the sampler has them.
+
+        end_token_ids: what ends a response, for generation_config.json; as it was if not given.
+        """
         weights = {}
         for name, tensor in self.weights():  # every rank gathers, rank 0 keeps
             if distributed.rank() == 0:
@@ -73,6 +108,9 @@ class Network(torch.nn.Module):
                 skeleton = type(self.lm)(self.lm.config).to(next(iter(weights.values())).dtype)
             if hasattr(self.lm, "generation_config"):  # a critic has none
                 skeleton.generation_config = self.lm.generation_config
+                if end_token_ids:
+                    ids = end_token_ids if len(end_token_ids) > 1 else end_token_ids[0]
+                    skeleton.generation_config.eos_token_id = ids
             skeleton.save_pretrained(directory, state_dict=weights)
             tokenizer.save_pretrained(directory)
 
@@ -142,7 +180,9 @@ def build_policy(args, config, device) -> Policy:
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype="auto")
-    return shard(Policy(lm, args.temperature), args, device)
+    policy = shard(Policy(lm, args.temperature), args, device)
+    policy.check_finite(f"--model {args.model}")
+    return policy
 
 
 def build_critic(args, config, device) -> Critic:
@@ -159,7 +199,9 @@ def build_critic(args, config, device) -> Critic:
         )
         torch.nn.init.zeros_(lm.score.weight)
         torch.nn.init.zeros_(lm.score.bias)
-    return shard(Critic(lm), args, device)
+    critic = shard(Critic(lm), args, device)
+    critic.check_finite(f"--critic {args.critic}" if args.critic else f"--model {args.model}")
+    return critic
 
 
 def check_critic(config, directory: str | None = None) -> None:

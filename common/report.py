@@ -122,9 +122,12 @@ def bootstrap_interval(differences) -> tuple[float, float]:
     """Return the 95% interval (low, high) of the mean of an array with one number per problem.
 
     The problems are drawn again, with replacement, RESAMPLES times. The seed is fixed, so that the
-    same numbers give the same interval.
+    same numbers give the same interval. One problem has no interval: low and high are nan.
     """
     import numpy
+
+    if len(differences) < 2:  # every resample would be the same, and the interval a point
+        return math.nan, math.nan
 
     rng = numpy.random.default_rng(0)
     count = len(differences)
@@ -347,6 +350,7 @@ def print_plan(
         f"{args.steps} steps of {args.prompts_per_step} prompts x {n} rollouts, "
         f"{args.minibatches_per_step} optimizer steps each; "
         f"micro-batches of {args.tokens_per_microbatch} tokens per rank",
+        *_note_on_single_rollouts(args, n),
         f"writing to {out}",
         "",
         f"the first problem, as the model sees it{demonstration_note}:",
@@ -355,6 +359,16 @@ def print_plan(
     if "demo_ids" in first:
         lines.append(repr(tokenizer.decode(first["demo_ids"])[:600]))
     print("\n".join(lines) + "\n", flush=True)
+
+
+def _note_on_single_rollouts(args, n):
+    """Return the line that says what a gate does with one rollout per prompt; else no line."""
+    if n != 1 or not args.method.startswith("hpt"):
+        return []
+    return [
+        "with one rollout per prompt its advantage is 0: what the model solves is not trained on, "
+        "and only demonstrations change the model"
+    ]
 
 
 def log(out: Path, metrics: dict) -> None:

@@ -299,7 +299,7 @@ def test_the_engine_has_the_settings_of_the_flags(monkeypatch):
     line = ["--model", "m", "--data", "x.jsonl", "--temperature", "0.7", "--top-p", "0.9"]
     line += ["--max-response-tokens", "77", "--seed", "5", "--tensor-parallel", "2"]
     line += ["--gpu-memory-utilization", "0.8", "--rope-theta", "40000"]
-    (model,), settings = evaluate.start_sampler(flags.parse_evaluation_args(line), 33)
+    (model,), settings = evaluate.start_sampler(flags.parse_evaluation_args(line), 33, [1, 7])
     override = settings.pop("config_overrides")
     assert model == "m"
     assert settings == {
@@ -308,6 +308,7 @@ def test_the_engine_has_the_settings_of_the_flags(monkeypatch):
         "temperature": 0.7,
         "top_p": 0.9,
         "tensor_parallel": 2,
+        "end_token_ids": [1, 7],
         "gpu_memory_utilization": 0.8,
         "seed": 5,
     }
@@ -384,6 +385,83 @@ def test_other_weights_have_another_digest(tmp_path):
     assert evaluate.weights_digest(tmp_path) != first
 
 
+def copy_of_base(folder):
+    """Copy the toy's base model into a folder and return the folder."""
+    folder.mkdir()
+    for file in Path(make.BASE).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("whole", [2**30, 0])  # 0: as if the model were large
+def test_a_change_in_any_tensor_changes_the_digest(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(evaluate, "WHOLE", whole)
+    folder = copy_of_base(tmp_path / "model")
+    first = evaluate.weights_digest(folder)
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    tensors = json.loads(content[8 : 8 + length])
+    tensors.pop("__metadata__")
+    assert len(tensors) > 10
+    for tensor in tensors.values():
+        begin, end = tensor["data_offsets"]
+        for place in (begin, end - 1):
+            changed = bytearray(content)
+            changed[8 + length + place] ^= 1
+            path.write_bytes(changed)
+            assert evaluate.weights_digest(folder) != first
+    path.write_bytes(content)
+    assert evaluate.weights_digest(folder) == first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "pytorch_model-00001-of-00002.bin",
+    ],
+)
+def test_another_file_of_the_model_changes_the_digest(tmp_path, name):
+    folder = copy_of_base(tmp_path / "model")
+    path = folder / name
+    path.write_bytes(b"x" * 3 * 2**20)
+    first = evaluate.weights_digest(folder)
+    path.write_bytes(b"y" + b"x" * (3 * 2**20 - 1))
+    assert evaluate.weights_digest(folder) != first
+
+
+def test_notes_beside_a_model_do_not_change_its_digest(tmp_path):
+    folder = copy_of_base(tmp_path / "model")
+    first = evaluate.weights_digest(folder)
+    (folder / "README.md").write_text("mine")
+    assert evaluate.weights_digest(folder) == first
+
+
+def test_a_large_tensor_is_read_in_blocks(tmp_path, monkeypatch):
+    """A change anywhere would take long to find; the blocks are few, and lie all over it."""
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(evaluate, "WHOLE", 0)
+    save_file({"w": torch.zeros(2**25, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    reads = []
+
+    class Digest:
+        def update(self, content):
+            reads.append(len(content))
+
+    with open(tmp_path / "model.safetensors", "rb") as file:
+        evaluate.hash_tensors(file, Digest())
+    assert len(reads) == 1 + evaluate.BLOCKS
+    assert sum(reads[1:]) == evaluate.BLOCKS * evaluate.BLOCK
+
+
 def test_ranks_of_one_engine_record_and_count_once(monkeypatch):
     """Four ranks, two per engine: ranks 0 and 2 record and count, 1 and 3 do not."""
     recording = []
@@ -458,6 +536,15 @@ def test_the_table_of_a_comparison_by_hand(two_evaluations, capsys):
     assert [row[6] for row in rows[2:]] == ["+1/-0", "+0/-2", "+2/-0", "+3/-2"]
     assert rows[4][5] == "[+100.0, +100.0]"
     assert "\n".join(lines) in capsys.readouterr().out
+
+
+def test_a_comparison_of_one_problem_has_no_interval(tmp_path, capsys):
+    write_evaluation(tmp_path / "a", [4])
+    write_evaluation(tmp_path / "b", [1])
+    evaluate.compare(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "out"))
+    assert "n/a" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "out/comparison.json").read_text())["results"]
+    assert [part["interval"] for part in numbers.values()] == [[None, None]]
 
 
 def test_a_comparison_draws_pass_at_k(two_evaluations):

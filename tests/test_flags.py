@@ -161,6 +161,13 @@ def test_flags_that_are_right_are_accepted():
     assert (args.gamma, args.clip_eps, args.steps, args.pi_old) == (0.25, math.inf, 3, "tis")
 
 
+def test_columns_are_keys_and_names():
+    args = train("--columns", "prompt=problem, answer=reward_model.ground_truth")
+    assert args.columns == {"prompt": "problem", "answer": "reward_model.ground_truth"}
+    assert train().columns is None
+    assert evaluate("--columns", "prompt=question").columns == {"prompt": "question"}
+
+
 # ------------------------------------------------------------------------------------ several flags
 
 
@@ -170,6 +177,15 @@ def test_flags_that_are_right_are_accepted():
         (["--data", "x.jsonl"], "--data needs a --model; without one the toy trains on its own"),
         (["--method", "luffy", "--samples-per-prompt", "1"], "must be at least 2, not 1"),
         (["--method", "srft", "--samples-per-prompt", "1"], "must be at least 2, not 1"),
+        *[
+            (["--method", method, "--samples-per-prompt", "1"], "would train on nothing")
+            for method in ("grpo", "dr_grpo", "rloo", "dapo", "cispo", "gspo")
+        ],
+        (["--columns", "question=x"], "argument --columns: must be KEY=COLUMN,... with the keys"),
+        (["--columns", "prompt"], "argument --columns: must be KEY=COLUMN,..."),
+        (["--columns", "prompt="], "argument --columns: must be KEY=COLUMN,..."),
+        (["--columns", "prompt=a,prompt=b"], "names a column for prompt twice"),
+        (["--eval-columns", "x=y"], "argument --eval-columns: must be KEY=COLUMN,..."),
         (["--critic", str(make.BASE)], "--critic is for --method ppo, not hpt"),
         (
             ["--minibatches-per-step", "5", "--prompts-per-step", "4"],
@@ -184,6 +200,9 @@ def test_flags_of_training_that_contradict(refuse, words, sentence):
 def test_flags_of_training_that_just_go_together():
     train("--method", "luffy", "--samples-per-prompt", "2")
     train("--method", "hpt", "--samples-per-prompt", "1")
+    train("--method", "grpo", "--samples-per-prompt", "2")
+    for method in ("sft", "dft", "reinforce", "ppo"):  # these need no group
+        train("--method", method, "--samples-per-prompt", "1")
     train("--method", "ppo", "--critic", str(make.BASE))
     train("--minibatches-per-step", "4", "--prompts-per-step", "4")
 
@@ -251,6 +270,19 @@ def test_methods_are_those_of_upge():
     assert list(upge.METHODS) == flags.METHODS
     grouped = [name for name, method in upge.METHODS.items() if method.combine == "group"]
     assert grouped == flags.GROUP_METHODS
+
+
+def test_methods_that_compare_rollouts_are_those_of_upge():
+    """Those in which no row can learn from the rollouts of a prompt if there is one of them."""
+    import torch
+
+    found = []
+    for name, method in upge.METHODS.items():
+        if method.rollouts and not method.demonstration and not upge.TABLE[method.rollouts].critic:
+            advantage = upge.TABLE[method.rollouts].advantage
+            if not any(advantage(torch.tensor([[r]])).any() for r in (0.0, 0.5, 1.0)):
+                found.append(name)
+    assert sorted(found) == sorted(flags.COMPARING_METHODS)
 
 
 def test_choices_are_those_of_upge():

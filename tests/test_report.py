@@ -126,6 +126,10 @@ def test_the_interval_of_equal_differences_is_a_point():
     assert report.bootstrap_interval(numpy.array([0.5] * 5)) == (0.5, 0.5)
 
 
+def test_one_problem_has_no_interval():
+    assert all(map(math.isnan, report.bootstrap_interval(numpy.array([0.5]))))
+
+
 def test_the_interval_is_seeded():
     """The numbers of this seed; seed 1 would give (-0.1443, 0.3600)."""
     differences = numpy.array([0.0, 0.3, -0.5, 0.25, 0.7, 0.11, -0.06])
@@ -330,6 +334,14 @@ def test_the_plan_of_a_run(capsys, monkeypatch):
         "'3'\n"
         "\n"
     )
+
+
+@pytest.mark.parametrize(
+    "method, n, is_said",
+    [("hpt", 1, True), ("hpt_off", 1, True), ("hpt", 2, False), ("sft", 0, False)],
+)
+def test_the_plan_says_what_one_rollout_per_prompt_means(capsys, method, n, is_said):
+    assert bool(report._note_on_single_rollouts(flags_of_a_run(method=method), n)) == is_said
 
 
 def test_the_plan_without_held_out_problems_and_demonstrations(capsys):
