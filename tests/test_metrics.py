@@ -145,7 +145,8 @@ def test_a_critic_worse_than_none_explains_less_than_nothing():
 
 
 def test_skipped_updates_of_the_critic_are_counted():
-    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=1.0, critic_norms=[1.0, math.inf])
+    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=1.0)
+    counts.critic_norms = [1.0, math.inf, 2.0]
     assert measured(counts=counts)["critic/skipped"] == 1
 
 
