@@ -48,7 +48,7 @@ def main(args) -> None:
     method = METHODS[args.method]
     inputs = load_inputs(args, method)  # bad models and data fail here, before slow starts
     with reward.Verifier(function=args.reward) as verifier:
-        device, sampler, policy, critic = start(args, method, inputs.config, inputs.end_token_ids)
+        device, sampler, policy, critic = start(args, method, inputs)
         out = report.open_run(args)
         print_plan(args, method, inputs, policy, critic, out)
         sampler.load(policy.weights())  # wakes the sampler, which `start` has put to sleep
@@ -582,11 +582,11 @@ class Inputs(NamedTuple):
 
     tokenizer: object
     config: object  # of the model, overrides applied
-    end_token_ids: list[int]  # what ends a response, the tokenizer's own first
     problems: list[dict]
     left_out: str  # a sentence on the problems that do not fit
     held_out: list[dict]  # empty without --eval-data
     held_out_left_out: str
+    end_token_ids: list[int]  # what ends a response, the tokenizer's own first
 
 
 def load_inputs(args, method: Method) -> Inputs:
@@ -608,7 +608,7 @@ def load_inputs(args, method: Method) -> Inputs:
         )
     data.check_weights(args.model, config)
     end_token_ids = data.end_token_ids(args.model, config, tokenizer)
-    return Inputs(tokenizer, config, end_token_ids, problems, left_out, held_out, held_out_left_out)
+    return Inputs(tokenizer, config, problems, left_out, held_out, held_out_left_out, end_token_ids)
 
 
 def needs_critic(method: Method) -> bool:
@@ -616,7 +616,7 @@ def needs_critic(method: Method) -> bool:
     return method.rollouts is not None and TABLE[method.rollouts].critic
 
 
-def start(args, method: Method, config, end_token_ids: list[int] | None = None):
+def start(args, method: Method, inputs: Inputs):
     """Build (device, sampler, policy, critic or None); the sampler sleeps.
 
     The order matters on a GPU: vLLM measures the free memory when it starts, so it comes before the
@@ -635,13 +635,13 @@ def start(args, method: Method, config, end_token_ids: list[int] | None = None):
         temperature=args.temperature,
         config_overrides=overrides,
         tensor_parallel=args.tensor_parallel,
-        end_token_ids=end_token_ids,
+        end_token_ids=inputs.end_token_ids,
         gpu_memory_utilization=args.gpu_memory_utilization,
         seed=args.seed,
     )
     sampler.sleep()
-    policy = model.build_policy(args, config, device)
-    critic = model.build_critic(args, config, device) if needs_critic(method) else None
+    policy = model.build_policy(args, inputs.config, device)
+    critic = model.build_critic(args, inputs.config, device) if needs_critic(method) else None
     return device, sampler, policy, critic
 
 

@@ -592,7 +592,8 @@ def test_the_sampler_gets_the_overrides_of_the_flags(monkeypatch):
     monkeypatch.setattr(train_hpt.distributed, "init_process_group", lambda: "cpu")
     args = training_args("--rope-theta", "40000", "--max-position-embeddings", "512")
     with pytest.raises(Stop):
-        train_hpt.start(args, METHODS["hpt"], Qwen2Config())
+        inputs = train_hpt.Inputs(None, Qwen2Config(), [], "", [], "", [1])
+        train_hpt.start(args, METHODS["hpt"], inputs)
     config = given["override"](Qwen2Config(attention_dropout=0.1))
     assert config.rope_parameters["rope_theta"] == 40000.0
     assert (config.max_position_embeddings, config.attention_dropout) == (512, 0.0)

@@ -148,7 +148,7 @@ def set_gradient(policy, value):
 def test_training_that_never_took_a_step_is_no_success(base, one_rank, tmp_path, capsys):
     args, config, tokenizer, ids = load(base)
     policy = model.build_policy(args, config, torch.device("cpu"))
-    inputs = train_hpt.Inputs(tokenizer, config, ids, [], "", [], "")
+    inputs = train_hpt.Inputs(tokenizer, config, [], "", [], "", ids)
     set_gradient(policy, math.nan)
     policy.step(1e-3, 1.0)
     assert "update skipped" in capsys.readouterr().out

@@ -551,7 +551,7 @@ def made_up_inputs(args, method):
     """Stands in for train_hpt.load_inputs."""
     config = AutoConfig.from_pretrained(args.model)
     return train_hpt.Inputs(
-        make.tokenizer(), config, made_up_problems(), "", made_up_problems(), ""
+        make.tokenizer(), config, made_up_problems(), "", made_up_problems(), "", [1]
     )
 
 
