@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,14 @@ BASE = ROOT / "toy/base"
 SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--eval-samples", 1]
 
 
-def run(*command, ranks=None, fails=False):
-    """A program as a user would type it, under torchrun if `ranks` says so; its standard output."""
+def run(program, *flags, ranks=None, fails=False, folder=ROOT):
+    """Run a program as a user would, under torchrun if `ranks` says so; return what it prints."""
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    line = [*launcher, *map(str, command)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    line = [*launcher, ROOT / program, *flags]
+    line = list(map(str, line))
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=400)
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stderr if fails else done.stdout
 
@@ -134,9 +134,9 @@ def test_checkpoints_are_plain_models_that_training_has_moved(toy_run):
     assert encode("1+2") == make.tokenizer().encode("1+2")
 
 
-def test_the_same_command_gives_the_same_numbers(toy_run, tmp_path):
+def test_the_same_command_gives_the_same_numbers_from_any_folder(toy_run, tmp_path):
     flags, out, _ = toy_run
-    run("train_hpt.py", *flags, "--out", tmp_path / "again", ranks=1)
+    run("train_hpt.py", *flags, "--out", tmp_path / "again", ranks=1, folder=tmp_path)
     assert metrics(tmp_path / "again") == metrics(out)
 
 
@@ -153,22 +153,23 @@ def test_an_output_directory_is_never_overwritten(toy_run):
     assert (out / "metrics.jsonl").read_text() == before
 
 
-def test_evaluate_gives_the_training_runs_numbers_on_one_and_two_ranks(toy_run, easy, tmp_path):
+def test_evaluate_on_two_ranks_gives_the_numbers_of_the_training_run_on_one(
+    toy_run, easy, tmp_path
+):
     _, out, _ = toy_run
+    files = ["--model", out / "final", "--data", easy, "--out", tmp_path / "out"]
     sampling = ["--samples", 1, "--temperature", 1, "--top-p", 1, "--max-response-tokens", 112]
-    tables = []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        files = ["--model", out / "final", "--data", easy, "--out", folder]
-        run("evaluate.py", *files, *sampling, ranks=ranks)
-        tables.append((folder / "table.md").read_text())
-    assert tables[0] == tables[1]
-    results = json.loads((tmp_path / "1/results.json").read_text())["results"]
+    run("evaluate.py", *files, *sampling, ranks=2)
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert results["easy"]["avg@1"][0] == metrics(out)[3]["eval/avg@1"]
+    by_problem = [row["correct"] for row in read(tmp_path / "out/results.jsonl")]
+    in_training = [row["correct"] for row in read(out / "held_out.jsonl") if row["step"] == 3]
+    assert by_problem == in_training
 
 
 def test_training_raises_the_accuracy(tmp_path, easy):
-    flags = ["--steps", 10, "--eval-every", 0, "--eval-samples", 4, "--samples-per-prompt", 4]
+    """From 0.63 to 0.92 when this was written; the standard errors are 0.04 and 0.02."""
+    flags = ["--steps", 6, "--eval-every", 0, "--eval-samples", 4, "--samples-per-prompt", 4]
     run("train_hpt.py", *flags, "--lr", 3e-4, "--eval-data", easy, "--out", tmp_path / "out")
     rows = metrics(tmp_path / "out")
     assert rows[-1]["eval/pass@1"] > rows[0]["eval/pass@1"] + 0.15
@@ -176,6 +177,7 @@ def test_training_raises_the_accuracy(tmp_path, easy):
 
 # ---------------------------------------------------------------------------------- two ranks
 
+TOY_SIZES = ["--max-prompt-tokens", 16, "--max-response-tokens", 112]
 ONE_UPDATE = [*SMALL, "--steps", 1, "--minibatches-per-step", 1]
 
 
@@ -184,9 +186,6 @@ def one_rank(tmp_path_factory, easy):
     out = tmp_path_factory.mktemp("one_rank") / "run"
     run("train_hpt.py", *ONE_UPDATE, "--data", easy, "--model", BASE, *TOY_SIZES, "--out", out)
     return metrics(out)[0]
-
-
-TOY_SIZES = ["--max-prompt-tokens", 16, "--max-response-tokens", 112]
 
 
 @pytest.mark.parametrize("engines", ["one engine per rank", "one engine for both"])
@@ -244,7 +243,7 @@ def test_ppos_critic_starts_at_0_learns_and_is_restored(easy, tmp_path):
     rows = train("ppo", easy, tmp_path / "out", "--critic-lr", 1e-2, ranks=2)
     assert rows[0]["critic/explained_variance"] == pytest.approx(0, abs=1e-5)
     assert abs(rows[2]["critic/explained_variance"]) > 1e-4
-    critic = ["--critic", tmp_path / "out/final/critic", "--critic-lr", 1e-9]
+    critic = ["--critic", tmp_path / "out/final/critic", "--critic-lr", 1e-9, "--steps", 1]
     train("ppo", easy, tmp_path / "more", *critic)
     saved, restored = critic_weights(tmp_path / "out"), critic_weights(tmp_path / "more")
     assert saved["score.weight"].abs().max() > 0
@@ -341,37 +340,6 @@ def test_a_family_trains_and_its_sampler_follows(
     before, after = weights(tmp_path / "base"), weights(tmp_path / "out/final")
     assert before.keys() == after.keys()
     assert any((after[name] - before[name]).abs().max() > 1e-4 for name in before)
-
-
-# --------------------------------------------------------------------------- the command line
-
-
-def test_help_comes_within_a_second():
-    started = time.perf_counter()
-    assert "--gamma" in run("train_hpt.py", "--help")
-    assert time.perf_counter() - started < 1
-
-
-def test_two_ranks_print_an_error_once(tmp_path):
-    """The second rank is first to fail; still rank 0 alone prints the sentence."""
-    sizes = "--max-prompt-tokens 16 --max-response-tokens 112"
-    flags = f"--model toy/base --data {tmp_path}/none.jsonl {sizes}"
-    program = f"[ $RANK = 1 ] || sleep 1; exec {sys.executable} train_hpt.py {flags}"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-    line = [sys.executable, *launcher, "bash", "-c", program]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    sentences = [s for s in done.stderr.splitlines() if "none.jsonl: no such file" in s]
-    assert done.returncode and len(sentences) == 1 and sentences[0].startswith("error: ")
-
-
-def test_a_run_from_another_folder_finds_its_toy(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    line = [sys.executable, str(ROOT / "train_hpt.py"), "--steps", "1", "--prompts-per-step", "2"]
-    line += ["--samples-per-prompt", "2", "--eval-samples", "1", "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        line, cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_no_process_is_left(toy_run):
