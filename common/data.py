@@ -261,11 +261,13 @@ def split_worked(text) -> tuple[str, str] | None:
     The form is a solution whose last line is "#### 72". Its calculator marks, as <<48/2=24>>, are
     for a tool, and are taken out of the solution.
     """
-    match = re.fullmatch(r"(.*?)\s*^[ \t]*####[ \t]*(\S[^\n]*?)\s*", str(text), re.DOTALL | re.M)
-    if not isinstance(text, str) or not match:
+    if not isinstance(text, str):
         return None
-    solution, answer = match.groups()
-    return re.sub(r"<<[^<>]*>>", "", solution), answer
+    solution, _, last = text.rstrip().rpartition("\n")
+    marked = re.fullmatch(r"\s*####\s*([^\s#].*)", last)
+    if not marked:
+        return None
+    return re.sub(r"<<[^<>]*>>", "", solution).rstrip(), marked.group(1)
 
 
 def with_box(problem: dict) -> dict:

@@ -111,6 +111,9 @@ class Network(torch.nn.Module):
                 if end_token_ids:
                     ids = end_token_ids if len(end_token_ids) > 1 else end_token_ids[0]
                     skeleton.generation_config.eos_token_id = ids
+                    # Else transformers may take it for a copy of config.json, and make it anew.
+                    if len(end_token_ids) > 1:
+                        skeleton.generation_config._from_model_config = False
             skeleton.save_pretrained(directory, state_dict=weights)
             tokenizer.save_pretrained(directory)
 

@@ -15,6 +15,7 @@ import secrets
 THINK_TAGS = ("<think>", "</think>")
 TAG = r"(?:<[^<>\s]+>|\[[^\[\]\s]+\])"
 # The tags in which a prompt ends, as <think>, with the white space around them.
+LONGEST_END = 200  # characters of a prompt in which they are looked for
 TAGS_AT_THE_END = re.compile(rf"(?:{TAG}\s*)+\Z")
 
 
@@ -48,7 +49,7 @@ class Writer:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.control = control_tokens(tokenizer)
-        self.ends = one_of(ending_tokens(tokenizer))  # regular expression
+        self.ends = ending_tokens(tokenizer)
         self.key = secrets.token_hex(8)  # in no text of a data set
         self.nonce = f"\U000f0000{self.key}\U000f0001"  # the mark
         self.copy = None  # made when it is needed
@@ -139,8 +140,12 @@ def without_end(text: str, writer: Writer) -> str:
     The end-of-sequence token is added to every demonstration. Data sets were often written with the
     end of a turn of some chat template, which need not be the tokenizer's end-of-sequence token.
     """
-    end = writer.ends
-    return re.sub(rf"(?:{end})(?:\s*(?:{end}))*\s*\Z", "", text)
+    while True:
+        stripped = text.rstrip()
+        end = next((end for end in writer.ends if stripped.endswith(end)), None)
+        if end is None:
+            return text
+        text = stripped.removesuffix(end)
 
 
 def without_open_tag(demonstration: str, prompt: str) -> str:
@@ -149,7 +154,7 @@ def without_open_tag(demonstration: str, prompt: str) -> str:
     A template may end in <think>, and a demonstration begin with it. The tag is written once, and
     so is the white space behind it.
     """
-    end = TAGS_AT_THE_END.search(prompt)
+    end = TAGS_AT_THE_END.search(prompt[-LONGEST_END:])
     tags = re.findall(TAG, end.group()) if end else []
     for first in range(len(tags)):
         repeated = re.match(r"\s*" + r"\s*".join(map(re.escape, tags[first:])), demonstration)

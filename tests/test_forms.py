@@ -1,6 +1,7 @@
 """Columns and forms of other data sets: --columns, GSM8K, answers boxed, NAME:CONFIG:SPLIT."""
 
 import json
+import time
 
 import pytest
 
@@ -73,6 +74,13 @@ def test_gsm8k_by_its_columns(tmp_path, columns):
 )
 def test_the_form_of_a_worked_answer(text, worked):
     assert data.split_worked(text) == worked
+
+
+def test_a_long_text_is_looked_at_once():
+    begin = time.perf_counter()
+    for text in ("\n" * 100_000 + "x####", "a \n" * 100_000 + "x", "<<" * 100_000 + "\n#### 1"):
+        data.split_worked(text)
+    assert time.perf_counter() - begin < 5
 
 
 def test_an_answer_that_is_not_worked_is_named_by_its_line(tmp_path):

@@ -1,6 +1,8 @@
 """Conversations and special tokens: what the model sees of a row, token by token."""
 
 import json
+import math
+import time
 
 import pytest
 
@@ -26,7 +28,7 @@ def chatml():
 
 def ids_of(problem, tokenizer, template="chat", system=""):
     """(prompt ids, demonstration ids or None) of a problem."""
-    kept, _, _ = data.tokenize([problem], tokenizer, template, system, 9999, 9999)
+    kept, _, _ = data.tokenize([problem], tokenizer, template, system, math.inf, math.inf)
     return kept[0]["prompt_ids"], kept[0].get("demo_ids")
 
 
@@ -367,3 +369,18 @@ def test_system_messages_that_are_left_out_are_counted(tmp_path, chatml, more, s
     args = flags.parse_training_args(["--model", "m", *more])
     _, left_out = data.load_fitting_problems(args, str(tmp_path / "a.jsonl"), chatml)
     assert left_out == "0 left out with a prompt over 1024 tokens" + sentence
+
+
+@pytest.mark.parametrize(
+    "prompt, demonstration",
+    [
+        ("1", ("<eos>" + " " * 50) * 5000 + "x"),
+        ("<eos>" * 20000 + "<a> " * 50000 + "x", "x"),
+        ("<" * 100_000, " " * 200_000 + "x"),
+        ("1", "x" + " <eos>\n" * 5000),
+    ],
+)
+def test_long_texts_of_special_tokens_take_no_time(chatml, prompt, demonstration):
+    begin = time.perf_counter()
+    ids_of(problem(prompt, demonstration), chatml)
+    assert time.perf_counter() - begin < 10
