@@ -637,6 +637,7 @@ CASES = {
     "wrong small": Case(made_up_step(2), "hpt", 50, wrong=True),
     "sampler": Case(made_up_step(0), "grpo", changes={"pi_old": "sampler"}),
     "tis": Case(made_up_step(0), "grpo", changes={"pi_old": "tis"}),
+    "tis, low cap": Case(made_up_step(0), "grpo", changes={"pi_old": "tis", "tis_cap": 0.3}),
     "smooth": Case(smooth_step(), "hpt"),
     "clip": Case(made_up_step(0), "dr_grpo", changes={"clip_eps": 0.05}),
     "bonus": Case(made_up_step(0), "grpo", changes={"entropy_coef": 0.1}),
@@ -692,6 +693,7 @@ class ByHand:
     method: str
     sft_coef: float = 0.05
     pi_old: str = "trainer"
+    tis_cap: float = 2.0
     eps: float = 0.2
     bonus: float = 0.0
     L: int = 32
@@ -737,7 +739,7 @@ class ByHand:
         ratio, s = torch.exp(x - old), torch.exp((x - old).mean())
         importance = 1.0
         if self.pi_old == "tis":
-            importance = (x.detach() - sampler).exp().clamp(max=2.0)
+            importance = (x.detach() - sampler).exp().clamp(max=self.tis_cap)
         centred = reward - R.mean()
         standard = centred / (R.std() + 1e-6)
         in_group = reward - (R.sum() + p.demo_reward) / (G + 1)
@@ -902,6 +904,13 @@ def test_pi_old_in_the_training_loop(gradients, by_hand, pi_old):
     wanted = direct_gradient_of_method("grpo", made_up_step(0), pi_old=pi_old)
     assert error(gradients[pi_old], wanted) <= 1e-6
     assert error(gradients[pi_old], by_hand["grpo"]) > 1e-2  # negative control
+
+
+def test_importance_weights_are_truncated_where_the_flag_says(gradients):
+    low = {"pi_old": "tis", "tis_cap": 0.3}  # the ratios of the made-up step lie below 2
+    wanted = direct_gradient_of_method("grpo", made_up_step(0), **low)
+    assert error(gradients["tis, low cap"], wanted) <= 1e-6
+    assert error(gradients["tis, low cap"], gradients["tis"]) > 1e-2  # negative control
 
 
 def test_probe_is_what_prompt_by_prompt_gradients_say(gradients):

@@ -1,7 +1,7 @@
 """The real program with real vLLM, on the toy and on tiny models of other families."""
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -342,10 +342,21 @@ def test_a_family_trains_and_its_sampler_follows(
     assert any((after[name] - before[name]).abs().max() > 1e-4 for name in before)
 
 
-def test_no_process_is_left(toy_run):
-    own = str(os.getpid())
-    commands = []
+def command_lines():
+    """The command lines of all processes, each a list of words."""
+    lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if path.exists() and path.parent.name != own:
-            commands.append(path.read_bytes())
-    assert not [c for c in commands if str(ROOT / "reward.py").encode() in c]
+        with contextlib.suppress(OSError):  # a process may end meanwhile
+            lines.append(path.read_text(errors="replace").split("\0"))
+    return lines
+
+
+def test_no_process_of_a_run_is_left(toy_run):
+    _, out, _ = toy_run
+    assert not [line for line in command_lines() if str(out) in line]
+
+
+def test_no_worker_of_the_verifier_outlives_its_program(toy_run):
+    """A worker's last word is the number of the process that started it."""
+    workers = [line for line in command_lines() if str(ROOT / "reward.py") in line]
+    assert all(Path("/proc", line[-2]).exists() for line in workers)  # [-1] is behind the last \0
