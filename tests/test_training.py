@@ -783,6 +783,28 @@ def test_the_metrics_count_every_trained_token_once(runs):
         assert got == pytest.approx(tokens)
 
 
+def test_the_mismatch_of_the_first_step_is_that_of_a_plain_model(runs):
+    """The sampler says -3 of every token."""
+    gaps = []
+    for i, problem in enumerate(draw(made_up_problems(), 1, 4, seed=3)):
+        for r in responses_of(distributed.derive_seed(3, 1, i), 2):
+            logp = log_probabilities(tiny_lm(), problem["prompt_ids"], r.ids, 0.7)
+            gaps.append(logp.detach() + 3.0)
+    gaps = torch.cat(gaps)
+    first = runs["luffy"]["metrics"][1]
+    assert first["mismatch/logp_max"] == pytest.approx(gaps.abs().max().item(), rel=1e-5)
+    kl = (gaps.exp() - 1 - gaps).mean().item()
+    assert first["mismatch/kl"] == pytest.approx(kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHOD_FLAGS)
+def test_every_update_on_rollouts_is_measured(runs, method):
+    for line in runs[method]["metrics"][1:]:
+        # The second mini-batch is trained with weights that the first has moved away from pi_old.
+        assert line["policy/approx_kl"] > 0
+        assert line["loss/rl"] != 0 and 0 <= line["policy/clip_frac"] <= 1
+
+
 def test_ppos_critic_starts_at_0_and_is_saved(runs):
     first, second = runs["ppo"]["metrics"][1:]
     assert first["critic/explained_variance"] == pytest.approx(0, abs=1e-6)
