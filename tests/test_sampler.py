@@ -451,8 +451,9 @@ def use_a_real_engine(out):
         top_p=TOP_P,
     )
     short, long = (tokenizer.encode(f"{text}\n") for text in (SHORT, LONG))
-    # The cache holds whole blocks of 128 tokens.
-    cached = tokenizer.encode("12+34\n2+4+0=6;1+3+0=4;\\boxed{46}\n" * 6 + "12+34\n")
+    # The cache holds blocks of 128 tokens: the whole prompt but for its last token.
+    earlier_sums = tokenizer.encode("12+34\n2+4+0=6;1+3+0=4;\\boxed{46}\n" * 6)
+    cached = earlier_sums[-123:] + tokenizer.encode("12+34\n")
     model = AutoModelForCausalLM.from_pretrained(make.BASE, dtype=torch.float32)
     weights = list(model.named_parameters(remove_duplicate=False))
     moved = [(name, weight.detach() * 0.9) for name, weight in weights]
@@ -538,7 +539,7 @@ def sampled_logp(model, prompt, response):
 def test_new_weights_are_sampled_from_although_the_prompt_was_cached(real):
     from transformers import AutoModelForCausalLM
 
-    assert len(real["prompts"][2]) > 128  # a whole block
+    assert len(real["prompts"][2]) == 129
     model = AutoModelForCausalLM.from_pretrained(make.BASE, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
