@@ -82,7 +82,9 @@ class Counts:
         """
         gap = trainer - sampler
         self.mismatch_kl += divergence(gap)
-        self.mismatch_max = max(gap.abs().max().item(), self.mismatch_max)
+        largest = gap.abs().max().item()
+        if math.isnan(largest) or largest > self.mismatch_max:  # a NaN, once there, stays
+            self.mismatch_max = largest
         self.old_tokens += gap.numel()
 
     def add_returns(self, returns: Tensor) -> None:

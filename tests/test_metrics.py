@@ -187,3 +187,10 @@ def test_a_clock_measures_each_phase_from_the_end_of_the_last(monkeypatch):
     clock.lap("a")
     clock.lap("b")
     assert clock.times == {"a": 3.0, "b": 7.0}
+
+
+def test_a_mismatch_that_is_not_a_number_is_not_hidden_by_a_later_one():
+    counts, good = Counts(), torch.tensor([[-1.0]])
+    counts.add_mismatch(torch.tensor([[math.nan]]), good)
+    counts.add_mismatch(good, good - 0.5)
+    assert math.isnan(counts.mismatch_max)
