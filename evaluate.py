@@ -427,18 +427,13 @@ def is_incomplete(recorded: dict, test_sets: list[TestSet]) -> bool:
 
 def start_sampler(args, longest_prompt: int, end_token_ids: list[int] | None = None) -> Sampler:
     """Start an engine for args.model, with the settings of the flags."""
-    override = functools.partial(
-        data.override,
-        rope_theta=args.rope_theta,
-        max_position_embeddings=args.max_position_embeddings,
-    )
     return Sampler(
         args.model,
         max_prompt_tokens=longest_prompt,
         max_response_tokens=args.max_response_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
-        config_overrides=override,
+        config_overrides=data.overrides_of(args),
         tensor_parallel=args.tensor_parallel,
         end_token_ids=end_token_ids,
         gpu_memory_utilization=args.gpu_memory_utilization,

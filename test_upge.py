@@ -1028,7 +1028,7 @@ def test_plan_balances_tokens_not_sequences():
     lengths = [50, 3, 3, 3, 40, 3, 3, 20, 3, 3, 10, 3]
     sequences = [Sequence([1], [1] * n, False, 0, 0.0) for n in lengths]
     plan = plan_micro_batches(sequences, 2, 1)
-    loads = [sum(len(s.response) + 1 for [s] in filter(None, rank)) for rank in plan]
+    loads = [sum(len(s.response_ids) + 1 for [s] in filter(None, rank)) for rank in plan]
     assert abs(loads[0] - loads[1]) <= 10, loads
     half = [sum(lengths[i::2]) for i in (0, 1)]  # negative control: dealing out by count
     assert abs(half[0] - half[1]) > 10

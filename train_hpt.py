@@ -225,8 +225,8 @@ def apply_gate(rewards: list, method: Method, args) -> tuple[list[float], list[f
 class Sequence(NamedTuple):
     """One response to train on: a rollout or a demonstration."""
 
-    prompt: list[int]  # token ids
-    response: list[int]  # token ids
+    prompt_ids: list[int]
+    response_ids: list[int]
     is_demo: bool
     prompt_index: int  # 0 .. N-1, which prompt of the mini-batch it answers
     advantage: float  # for PPO the reward, which `old_policy_pass` turns into GAE
@@ -251,7 +251,7 @@ def build_sequences(
         for q, prompt in enumerate(prompts):
             counted += sequences_of_prompt(name, q, prompt, method, c_sft)
         if counted:  # so far, their weight is a coefficient; the normaliser completes it
-            lengths = torch.tensor([len(s.response) for s in counted])  # (B,)
+            lengths = torch.tensor([len(s.response_ids) for s in counted])  # (B,)
             groups = torch.tensor([s.prompt_index for s in counted])  # (B,)
             normaliser = TABLE[name].normaliser(lengths, groups, len(prompts), l_max).tolist()
             counted = [s._replace(weight=s.weight * w) for s, w in zip(counted, normaliser)]
@@ -327,7 +327,7 @@ def plan_micro_batches(sequences: list[Sequence], ranks: int, budget: int) -> li
 
 def total_length(s: Sequence) -> int:
     """Tokens of prompt and response."""
-    return len(s.prompt) + len(s.response)
+    return len(s.prompt_ids) + len(s.response_ids)
 
 
 @dataclasses.dataclass
@@ -335,14 +335,14 @@ class MicroBatch:
     """B sequences of one row of the table that go through the model together.
 
     Padded tensors are (B, T). The M response tokens are packed, (1, M): sequence after sequence,
-    without padding. policy(ids, response, with_entropy) returns two tensors (M,) in the same order:
-    the log-probabilities of these tokens, and their entropies, or None without with_entropy.
+    without padding. policy(ids, response_mask, with_entropy) returns two tensors (M,) in the same
+    order: the log-probabilities of these tokens, and their entropies, or None without with_entropy.
     """
 
     row: str  # its name
     ids: Tensor  # (B, T) int64, prompt and response, padded on the right
-    response: Tensor  # (B, T) bool, marks the M tokens to train on
-    prompts: list[int]  # (B,) the prompt_index of each sequence; empty in a filler
+    response_mask: Tensor  # (B, T) bool, marks the M tokens to train on
+    prompt_indices: list[int]  # (B,) the prompt_index of each sequence; empty in a filler
     lengths: list[int]  # (B,) response tokens of each sequence
     tokens: int  # prompt and response tokens, without padding
     seq: Tensor  # (1, M) int64, which sequence a token belongs to, 0 .. B-1
@@ -358,7 +358,7 @@ class MicroBatch:
     @property
     def is_filler(self) -> bool:
         """Whether it is a filler, one token of weight 0, for a rank that has no sequence left."""
-        return not self.prompts
+        return not self.prompt_indices
 
     @property
     def is_rollouts(self) -> bool:
@@ -367,20 +367,20 @@ class MicroBatch:
 
     def only(self, q: int | None) -> "MicroBatch":
         """The part of it that belongs to prompt q, for the probe; a filler if there is none."""
-        kept = [i for i, prompt in enumerate(self.prompts) if prompt == q]
+        kept = [i for i, index in enumerate(self.prompt_indices) if index == q]
         if not kept:
             return collate(self.row, [], self.ids.device)
         kept = torch.tensor(kept, device=self.ids.device)
         kept_tokens = torch.isin(self.seq[0], kept)  # (M,) bool
-        response = self.response[kept]
-        width = int(response.any(0).nonzero().max()) + 1
+        mask = self.response_mask[kept]
+        width = int(mask.any(0).nonzero().max()) + 1
         packed = ("advantage", "weight", "sampler_logp", "old_logp", "value", "returns")
         cut = {name: getattr(self, name) for name in packed}
         return dataclasses.replace(
             self,
             ids=self.ids[kept, :width],
-            response=response[:, :width],
-            prompts=[q] * len(kept),
+            response_mask=mask[:, :width],
+            prompt_indices=[q] * len(kept),
             lengths=[self.lengths[i] for i in kept],
             seq=torch.searchsorted(kept, self.seq[:, kept_tokens]),  # numbers the kept from 0
             **{name: x if x is None else x[:, kept_tokens] for name, x in cut.items()},
@@ -390,21 +390,21 @@ class MicroBatch:
 def collate(row: str, sequences: list[Sequence], device) -> MicroBatch:
     """A MicroBatch of the sequences; without any, a filler: one response token of weight 0."""
     batch = sequences or [Sequence([0], [0], True, 0, 0.0)]
-    lengths = [len(s.response) for s in batch]
+    lengths = [len(s.response_ids) for s in batch]
     width = max(total_length(s) for s in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
-    response = torch.zeros(len(batch), width, dtype=torch.bool)
+    mask = torch.zeros(len(batch), width, dtype=torch.bool)
     for i, s in enumerate(batch):
-        ids[i, : total_length(s)] = torch.tensor(s.prompt + s.response)
-        response[i, len(s.prompt) : total_length(s)] = True
+        ids[i, : total_length(s)] = torch.tensor(s.prompt_ids + s.response_ids)
+        mask[i, len(s.prompt_ids) : total_length(s)] = True
     sampler_logp = None
     if batch[0].sampler_logp is not None:
         sampler_logp = torch.tensor([[logp for s in batch for logp in s.sampler_logp]])
     return MicroBatch(
         row=row,
         ids=ids.to(device),
-        response=response.to(device),
-        prompts=[s.prompt_index for s in sequences],
+        response_mask=mask.to(device),
+        prompt_indices=[s.prompt_index for s in sequences],
         lengths=lengths,
         tokens=sum(total_length(s) for s in sequences),
         seq=repeat_per_token(torch.arange(len(batch)), lengths, device),
@@ -446,9 +446,9 @@ def old_policy_pass(policy, critic, minibatches: list[list[MicroBatch]], args, c
     rollouts = [m for micro_batches in minibatches for m in micro_batches if m.is_rollouts]
     importance = []  # importance weights, per micro-batch
     for m in distributed.progress_bar("pi_old", items=rollouts):
-        logp, _ = policy(m.ids, m.response)  # (M,)
+        logp, _ = policy(m.ids, m.response_mask)  # (M,)
         logp = logp[None]  # (1, M)
-        value = critic(m.ids, m.response)[None] if critic else None  # (1, M)
+        value = critic(m.ids, m.response_mask)[None] if critic else None  # (1, M)
         if m.is_filler:  # it ran all the same: FSDP's ranks call the model equally often
             importance.append(1.0)
             continue
@@ -519,7 +519,7 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
         row = TABLE[m.row]
         bonus = args.entropy_coef if m.is_rollouts else 0.0
         with_entropy = bonus > 0 or row.scale is not scale_one
-        logp, entropy = policy(m.ids, m.response, with_entropy)  # (M,), (M,) or None
+        logp, entropy = policy(m.ids, m.response_mask, with_entropy)  # (M,), (M,) or None
         logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, M)
         if m.is_filler:
             loss = 0.0 * logp.sum()  # its backward pass takes part in FSDP's exchanges
@@ -554,7 +554,7 @@ def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts)
     """
     rollouts = [m for m in micro_batches if m.is_rollouts]
     for m in distributed.progress_bar("critic", items=rollouts):
-        value = critic(m.ids, m.response)[None]  # (1, M)
+        value = critic(m.ids, m.response_mask)[None]  # (1, M)
         if m.is_filler:
             loss = 0.0 * value.sum()
         else:
@@ -623,17 +623,12 @@ def start(args, method: Method, inputs: Inputs):
     trainer takes any. (The verifier's processes are older than both, so they hold no CUDA context.)
     """
     device = distributed.init_process_group()
-    overrides = functools.partial(
-        data.override,
-        rope_theta=args.rope_theta,
-        max_position_embeddings=args.max_position_embeddings,
-    )
     sampler = rollout.Sampler(
         args.model,
         max_prompt_tokens=args.max_prompt_tokens,
         max_response_tokens=args.max_response_tokens,
         temperature=args.temperature,
-        config_overrides=overrides,
+        config_overrides=data.overrides_of(args),
         tensor_parallel=args.tensor_parallel,
         end_token_ids=inputs.end_token_ids,
         gpu_memory_utilization=args.gpu_memory_utilization,

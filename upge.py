@@ -374,7 +374,7 @@ TABLE = {
                       scale=scale_srft),
     "srft_sft":   Row("demo",    stable_always, ref_theta, adv_one,           per_constant,
                       scale=scale_srft_sft),
-    # SRFT's own row, as in the paper's Table 1. No method below trains it: the authors of HPT ran
+    # SRFT's own row, as in the paper's Table 1. No method below uses it: the authors of HPT ran
     # SRFT with luffy_demo in its place.
     "srft_demo":  Row("demo",    stable_always, ref_one,   adv_standardised,  per_constant),
 }
@@ -382,10 +382,10 @@ TABLE = {
 
 
 class Method(NamedTuple):
-    """Which rows of TABLE train a prompt's rollouts and its demonstration."""
+    """Which rows of TABLE a method uses on a prompt's rollouts and on its demonstration."""
 
-    rollouts: str | None  # the row that trains the rollouts
-    demonstration: tuple[str, ...] = ()  # the rows that train it; their losses add up
+    rollouts: str | None  # the row for the rollouts
+    demonstration: tuple[str, ...] = ()  # the rows for it; their losses add up
     # "gate":  per prompt, the gate decides between the rollouts and the demonstration.
     # "group": the demonstration joins the rollouts as one more member, in place of a rollout.
     combine: str | None = None
@@ -415,7 +415,7 @@ METHODS = {
 
 
 def hpt_gate(correct: Tensor, n: int, gamma: float) -> tuple[Tensor, Tensor]:
-    """HPT's choice per prompt (alpha, beta): (1, 0) trains its rollouts, (0, 1) its demonstration.
+    """HPT's choice per prompt (alpha, beta): (1, 0) takes its rollouts, (0, 1) its demonstration.
 
     Args:
         correct: (N,) number of right rollouts per prompt, or the sum of their rewards.

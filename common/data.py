@@ -20,6 +20,7 @@ Everything slow is imported inside the functions, since common/flags.py imports 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -529,6 +530,15 @@ def override(config, rope_theta: float | None = None, max_position_embeddings: i
     if rope_theta is not None and hasattr(config, "rope_parameters"):
         config.rope_parameters = config.rope_parameters | {"rope_theta": rope_theta}
     return config
+
+
+def overrides_of(args):
+    """Return `override` with the flags' values, a function config -> config, for the sampler."""
+    return functools.partial(
+        override,
+        rope_theta=args.rope_theta,
+        max_position_embeddings=args.max_position_embeddings,
+    )
 
 
 def check_weights(model: str, config) -> None:

@@ -318,13 +318,7 @@ def add_algorithm_flags(parser: Parser) -> None:
         group, "--pi-old", ["trainer", "sampler", "tis"], "whose log-probabilities are log pi_old"
     )
     number(group, "--tis-cap", POSITIVE, 2.0, "where --pi-old tis truncates importance weights")
-    text(
-        group,
-        "--reward",
-        "MODULE:FUNCTION",
-        "grades (response, answer) from 0 to 1",
-        "reward:grade",
-    )
+    add_reward_flag(group)
     number(group, "--entropy-coef", POSITIVE_OR_0, 0.0, "weight of an entropy bonus on rollouts")
 
     group = parser.add_argument_group("ppo")
@@ -446,13 +440,7 @@ def evaluation_parser() -> Parser:
     )
     number(group, "--max-response-tokens", COUNT, 8192, "longest response, in tokens")
     add_engine_flags(group, gpu_memory_utilization=0.9)
-    text(
-        group,
-        "--reward",
-        "MODULE:FUNCTION",
-        "grades (response, answer) from 0 to 1",
-        "reward:grade",
-    )
+    add_reward_flag(group)
     number(group, "--seed", SEED, 0, "random seed")
 
     group = parser.add_argument_group("output")
@@ -542,6 +530,12 @@ def add_prompt_flags(group) -> None:
         "system message of the chat; '': none; data: the problem's own (the paper's)",
     )
     group.set_defaults(system_prompt=SYSTEM)
+
+
+def add_reward_flag(group) -> None:
+    """Add the flag that names the verifier."""
+    about = "grades (response, answer) from 0 to 1"
+    text(group, "--reward", "MODULE:FUNCTION", about, "reward:grade")
 
 
 def add_engine_flags(group, gpu_memory_utilization: float) -> None:

@@ -75,7 +75,7 @@ class Counts:
     critic_norms: list[float] = dataclasses.field(default_factory=list)
 
     def add_mismatch(self, trainer: Tensor, sampler: Tensor) -> None:
-        """Compare the log-probabilities (1, n) of trainer and sampler.
+        """Compare the log-probabilities (1, M) of trainer and sampler.
 
         A tiny difference is rounding. A large one means stale weights in the sampler, a wrong mask
         or a wrong temperature.
@@ -88,13 +88,13 @@ class Counts:
         self.old_tokens += gap.numel()
 
     def add_returns(self, returns: Tensor) -> None:
-        """PPO: the returns (1, n) that the critic fits."""
+        """PPO: the returns (1, M) that the critic fits."""
         returns = returns.double()
         self.returns += returns.sum().item()
         self.returns_squared += returns.square().sum().item()
 
     def add_rollouts(self, loss: Tensor, logp: Tensor, old_logp: Tensor, stable: Tensor) -> None:
-        """An update on rollouts: the surrogate loss, and (1, n) tensors."""
+        """An update on rollouts: the surrogate loss, and (1, M) tensors."""
         log_ratio = logp.detach() - old_logp
         self.rl_loss += loss.item()
         self.rl_tokens += logp.numel()
@@ -102,7 +102,7 @@ class Counts:
         self.approx_kl += divergence(log_ratio)
 
     def add_demonstrations(self, logp: Tensor, lengths: list[int]) -> None:
-        """An update on demonstrations: logp (1, n) of demonstrations of these lengths."""
+        """An update on demonstrations: logp (1, M) of demonstrations of these lengths."""
         parts = logp.detach()[0].split(lengths)
         self.nll -= sum(part.mean().item() for part in parts)
         self.demonstrations += len(lengths)

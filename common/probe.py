@@ -29,7 +29,7 @@ def probe(policy, micro_batches, accumulate) -> dict[str, float]:
     there are is left out.
     """
     metrics, gradients = {}, {}
-    last_prompt = max((q for m in micro_batches for q in m.prompts), default=-1)
+    last_prompt = max((q for m in micro_batches for q in m.prompt_indices), default=-1)
     prompts = 1 + int(over_ranks(last_prompt, dist.ReduceOp.MAX))
     for part, data in PARTS.items():
         of_part = [m for m in micro_batches if TABLE[m.row].data == data]
@@ -57,7 +57,7 @@ def probe(policy, micro_batches, accumulate) -> dict[str, float]:
 
 def gradient_of_prompt(policy, micro_batches, q: int, accumulate):
     """This rank's shard of the gradient of prompt q, flat, or None if no rank has a part of it."""
-    mine = [m.only(q) for m in micro_batches if q in m.prompts]
+    mine = [m.only(q) for m in micro_batches if q in m.prompt_indices]
     passes = int(over_ranks(len(mine), dist.ReduceOp.MAX))
     if passes == 0:
         return None

@@ -271,7 +271,7 @@ def test_a_micro_batch_packs_its_response_tokens_in_order():
     sequences = build_sequences([one_prompt(1, 0)], METHODS["grpo"], 1.0, 8)["grpo"]
     m = collate("grpo", sequences, "cpu")
     assert m.ids.tolist() == [[1, 2, 3, 5, 5, 0], [1, 2, 3, 5, 5, 5]]
-    assert m.response.int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+    assert m.response_mask.int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
     assert m.seq.tolist() == [[0, 0, 1, 1, 1]] and m.lengths == [2, 3] and m.tokens == 11
     assert m.sampler_logp.shape == m.advantage.shape == m.weight.shape == (1, 5)
 
@@ -284,7 +284,7 @@ def test_a_filler_weighs_nothing():
 def test_the_part_of_one_prompt_is_what_that_prompt_alone_would_be():
     steps = [Sequence([1] * (2 + q), [4] * (6 - q), False, q, q, q, [-q] * (6 - q)) for q in (0, 1)]
     part, alone = collate("grpo", steps, "cpu").only(1), collate("grpo", steps[1:], "cpu")
-    assert part.ids.equal(alone.ids) and part.response.equal(alone.response)
+    assert part.ids.equal(alone.ids) and part.response_mask.equal(alone.response_mask)
     assert part.seq.equal(alone.seq) and part.lengths == alone.lengths
     assert part.weight.equal(alone.weight) and part.sampler_logp.equal(alone.sampler_logp)
     assert collate("grpo", steps, "cpu").only(7).is_filler
@@ -298,7 +298,7 @@ def of_lengths(lengths):
 def planned_lengths(lengths, ranks, budget):
     """For each rank, the lengths in each of its micro-batches."""
     plan = plan_micro_batches(of_lengths(lengths), ranks, budget)
-    return [[[len(s.response) + 1 for s in batch] for batch in rank] for rank in plan]
+    return [[[len(s.response_ids) + 1 for s in batch] for batch in rank] for rank in plan]
 
 
 def test_micro_batches_are_as_large_as_the_budget_allows():
