@@ -27,6 +27,7 @@ ARGS = flags.parse_training_args() if __name__ == "__main__" else None
 
 import dataclasses
 import functools
+import heapq
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -77,10 +78,14 @@ def main(args) -> None:
             # 4. Deal the prompts into mini-batches; build the micro-batches of this rank.
             minibatches = []
             for chunk in split_prompts(prompts, args.minibatches_per_step, args.seed, step):
-                minibatches.append(build_micro_batches(chunk, method, args, device))
+                minibatches.append(
+                    build_micro_batches(chunk, method, args, device, counts, policy.can_pack)
+                )
 
-            # 5. Compute log pi_old for the whole step, then update once per mini-batch.
-            old_policy_pass(policy, critic, minibatches, args, counts)
+            # 5. Compute what depends on the weights before the first update; then update.
+            if critic:
+                value_pass(critic, minibatches, args, counts)
+            old_policy_pass(policy, minibatches[1:], args, counts)
             probed = probe_gradients(policy, minibatches[0], step, args)
             for i, micro_batches in enumerate(minibatches):
                 updates_before = (step - 1) * args.minibatches_per_step + i
@@ -301,28 +306,25 @@ def sequences_of_prompt(
 def plan_micro_batches(sequences: list[Sequence], ranks: int, budget: int) -> list[list[list]]:
     """For each rank its micro-batches, which are lists of sequences.
 
-    The ranks get similar numbers of tokens, and equally many micro-batches, since FSDP's ranks move
-    together; a rank with fewer gets empty lists, which `collate` turns into fillers. The sequences
-    of a micro-batch have similar lengths, so that there is little padding. Its padded size is at
-    most `budget` tokens, unless it is a single sequence.
+    FSDP's ranks move together, so all have equally many micro-batches, and those that run at the
+    same time should take equally long: longest sequence first, each goes to the micro-batch that
+    has the fewest tokens so far. A micro-batch holds at most `budget` tokens, unless it is a single
+    sequence. If there are more places than sequences, some ranks get empty lists, which `collate`
+    turns into fillers.
     """
-    shares, load = [[] for _ in range(ranks)], [0] * ranks
-    for s in sorted(sequences, key=total_length, reverse=True):
-        least_loaded = load.index(min(load))
-        shares[least_loaded].append(s)
-        load[least_loaded] += total_length(s)
-    plans = []
-    for share in shares:
-        micro_batches = []
-        for s in share:  # the first of a micro-batch is its longest
-            last = micro_batches[-1] if micro_batches else []
-            if not last or (len(last) + 1) * total_length(last[0]) > budget:
-                micro_batches.append([s])
-            else:
-                last.append(s)
-        plans.append(micro_batches)
-    most = max(len(micro_batches) for micro_batches in plans)
-    return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in plans]
+    longest_first = sorted(sequences, key=total_length, reverse=True)
+    total = sum(min(total_length(s), budget) for s in sequences)
+    passes = min(math.ceil(total / (budget * ranks)), math.ceil(len(sequences) / ranks))
+    while True:  # with as many places as sequences, each has its own
+        places = [[] for _ in range(passes * ranks)]
+        loads = [(0, i) for i in range(len(places))]  # (tokens, place), as a heap
+        for s in longest_first:
+            tokens, i = loads[0]  # the least
+            heapq.heapreplace(loads, (tokens + total_length(s), i))
+            places[i].append(s)
+        if all(tokens <= budget or len(places[i]) == 1 for tokens, i in loads):
+            return [places[rank::ranks] for rank in range(ranks)]
+        passes += 1
 
 
 def total_length(s: Sequence) -> int:
@@ -330,26 +332,37 @@ def total_length(s: Sequence) -> int:
     return len(s.prompt_ids) + len(s.response_ids)
 
 
+def has_signal(s: Sequence, row: str, entropy_coef: float) -> bool:
+    """Whether a sequence can contribute to the gradient.
+
+    The loss is proportional to A. So a sequence with A = 0 need not be computed, unless it feeds
+    the entropy bonus, or its A is still a reward, which the critic turns into advantages.
+    """
+    in_bonus = entropy_coef > 0 and TABLE[row].data == "rollout"
+    return s.advantage != 0 or in_bonus or TABLE[row].critic
+
+
 @dataclasses.dataclass
 class MicroBatch:
     """B sequences of one row of the table that go through the model together.
 
-    Padded tensors are (B, T). The M response tokens are packed, (1, M): sequence after sequence,
-    without padding. policy(ids, response_mask, with_entropy) returns two tensors (M,) in the same
-    order: the log-probabilities of these tokens, and their entropies, or None without with_entropy.
+    They stand one after the other without padding: T tokens of prompts and responses, of which the
+    M response tokens are trained on. policy(ids, response_mask, lengths, with_entropy) returns two
+    tensors (M,) in the same order: the log-probabilities of the response tokens, and their
+    entropies, or None without with_entropy.
     """
 
     row: str  # its name
-    ids: Tensor  # (B, T) int64, prompt and response, padded on the right
-    response_mask: Tensor  # (B, T) bool, marks the M tokens to train on
+    ids: Tensor  # (1, T) int64
+    response_mask: Tensor  # (1, T) bool, marks the M tokens to train on
     prompt_indices: list[int]  # (B,) the prompt_index of each sequence; empty in a filler
-    lengths: list[int]  # (B,) response tokens of each sequence
-    tokens: int  # prompt and response tokens, without padding
+    lengths: list[int]  # (B,) tokens of each sequence
+    response_lengths: list[int]  # (B,) response tokens of each sequence
     seq: Tensor  # (1, M) int64, which sequence a token belongs to, 0 .. B-1
     advantage: Tensor  # (1, M)
     weight: Tensor  # (1, M)
-    # These are (1, M), and None for demonstrations. `collate` sets sampler_logp; `old_policy_pass`
-    # sets the others.
+    # These are (1, M), and None for demonstrations. `collate` sets sampler_logp,
+    # `set_old_policy` old_logp, and `value_pass` the others.
     sampler_logp: Tensor | None = None
     old_logp: Tensor | None = None  # log pi_old
     value: Tensor | None = None  # of PPO's critic, before the update
@@ -370,19 +383,20 @@ class MicroBatch:
         kept = [i for i, index in enumerate(self.prompt_indices) if index == q]
         if not kept:
             return collate(self.row, [], self.ids.device)
-        kept = torch.tensor(kept, device=self.ids.device)
-        kept_tokens = torch.isin(self.seq[0], kept)  # (M,) bool
-        mask = self.response_mask[kept]
-        width = int(mask.any(0).nonzero().max()) + 1
+        kept_ids = torch.tensor([i in kept for i in range(len(self.lengths))])  # (B,)
+        kept_ids = kept_ids.repeat_interleave(torch.tensor(self.lengths)).to(self.ids.device)  # (T,)
+        kept_tokens = kept_ids[self.response_mask[0]]  # (M,)
         packed = ("advantage", "weight", "sampler_logp", "old_logp", "value", "returns")
         cut = {name: getattr(self, name) for name in packed}
+        lengths = [self.response_lengths[i] for i in kept]
         return dataclasses.replace(
             self,
-            ids=self.ids[kept, :width],
-            response_mask=mask[:, :width],
+            ids=self.ids[:, kept_ids],
+            response_mask=self.response_mask[:, kept_ids],
             prompt_indices=[q] * len(kept),
             lengths=[self.lengths[i] for i in kept],
-            seq=torch.searchsorted(kept, self.seq[:, kept_tokens]),  # numbers the kept from 0
+            response_lengths=lengths,
+            seq=repeat_per_token(torch.arange(len(kept)), lengths, self.ids.device),
             **{name: x if x is None else x[:, kept_tokens] for name, x in cut.items()},
         )
 
@@ -390,23 +404,21 @@ class MicroBatch:
 def collate(row: str, sequences: list[Sequence], device) -> MicroBatch:
     """A MicroBatch of the sequences; without any, a filler: one response token of weight 0."""
     batch = sequences or [Sequence([0], [0], True, 0, 0.0)]
+    ids, mask = [], []
+    for s in batch:
+        ids += [*s.prompt_ids, *s.response_ids]
+        mask += [False] * len(s.prompt_ids) + [True] * len(s.response_ids)
     lengths = [len(s.response_ids) for s in batch]
-    width = max(total_length(s) for s in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros(len(batch), width, dtype=torch.bool)
-    for i, s in enumerate(batch):
-        ids[i, : total_length(s)] = torch.tensor(s.prompt_ids + s.response_ids)
-        mask[i, len(s.prompt_ids) : total_length(s)] = True
     sampler_logp = None
     if batch[0].sampler_logp is not None:
         sampler_logp = torch.tensor([[logp for s in batch for logp in s.sampler_logp]])
     return MicroBatch(
         row=row,
-        ids=ids.to(device),
-        response_mask=mask.to(device),
+        ids=torch.tensor([ids], device=device),
+        response_mask=torch.tensor([mask], device=device),
         prompt_indices=[s.prompt_index for s in sequences],
-        lengths=lengths,
-        tokens=sum(total_length(s) for s in sequences),
+        lengths=[total_length(s) for s in batch],
+        response_lengths=lengths,
         seq=repeat_per_token(torch.arange(len(batch)), lengths, device),
         advantage=repeat_per_token(torch.tensor([s.advantage for s in batch]), lengths, device),
         weight=repeat_per_token(torch.tensor([s.weight for s in batch]), lengths, device),
@@ -419,16 +431,24 @@ def repeat_per_token(values: Tensor, lengths: list[int], device) -> Tensor:
     return values.repeat_interleave(torch.tensor(lengths))[None].to(device)
 
 
-def build_micro_batches(chunk: list[Prompt], method: Method, args, device) -> list[MicroBatch]:
+def build_micro_batches(
+    chunk: list[Prompt], method: Method, args, device, counts, can_pack: bool = True
+) -> list[MicroBatch]:
     """This rank's micro-batches of a mini-batch of prompts, row by row.
 
     Every rank computes the plan of all ranks: so they agree on the number of micro-batches without
-    having to communicate.
+    having to communicate. There may be none, if no sequence has a signal.
+
+    can_pack: as model.Network has it. Else each sequence is a micro-batch of its own.
     """
     by_row = build_sequences(chunk, method, args.sft_coef, args.max_response_tokens)
+    budget = args.tokens_per_microbatch if can_pack else 1
     micro_batches = []
     for row, sequences in by_row.items():
-        plans = plan_micro_batches(sequences, distributed.world_size(), args.tokens_per_microbatch)
+        computed = [s for s in sequences if has_signal(s, row, args.entropy_coef)]
+        counts.sequences += len(sequences)
+        counts.computed_sequences += len(computed)
+        plans = plan_micro_batches(computed, distributed.world_size(), budget)
         for planned in plans[distributed.rank()]:
             micro_batches.append(collate(row, planned, device))
     return micro_batches
@@ -438,38 +458,52 @@ def build_micro_batches(chunk: list[Prompt], method: Method, args, device) -> li
 
 
 @torch.no_grad()
-def old_policy_pass(policy, critic, minibatches: list[list[MicroBatch]], args, counts) -> None:
-    """Fill in what depends on the weights before the first update: log pi_old, and PPO's GAE.
-
-    By default log pi_old is the trainer's, as in the authors' code, not the sampler's.
-    """
-    rollouts = [m for micro_batches in minibatches for m in micro_batches if m.is_rollouts]
-    importance = []  # importance weights, per micro-batch
-    for m in distributed.progress_bar("pi_old", items=rollouts):
-        logp, _ = policy(m.ids, m.response_mask)  # (M,)
-        logp = logp[None]  # (1, M)
-        value = critic(m.ids, m.response_mask)[None] if critic else None  # (1, M)
+def value_pass(critic, minibatches: list[list[MicroBatch]], args, counts) -> None:
+    """PPO: the critic's values before the first update, the returns, and the whitened GAE."""
+    rollouts = [m for micro_batches in minibatches for m in micro_batches]
+    for m in distributed.progress_bar("values", items=rollouts):
+        value = critic(m.ids, m.response_mask, m.lengths)[None]  # (1, M)
         if m.is_filler:  # it ran all the same: FSDP's ranks call the model equally often
-            importance.append(1.0)
             continue
-        m.old_logp, weight = PI_OLD[args.pi_old](logp, m.sampler_logp, args.tis_cap)
-        importance.append(weight)
-        counts.add_mismatch(logp, m.sampler_logp)
-        if critic:
-            m.advantage = packed_gae(m, value, args.gae_gamma, args.gae_lambda)
-            m.value, m.returns = value, m.advantage + value
-            counts.add_returns(m.returns)
-    if critic:
-        counts.advantage_variance = whiten(rollouts)
-    # After whitening, so that it whitens the advantages alone.
-    for m, weight in zip(rollouts, importance):
-        m.advantage = m.advantage * weight
+        m.advantage = packed_gae(m, value, args.gae_gamma, args.gae_lambda)
+        m.value, m.returns = value, m.advantage + value
+        counts.add_returns(m.returns)
+    counts.advantage_variance = whiten(rollouts)
+
+
+@torch.no_grad()
+def old_policy_pass(policy, later: list[list[MicroBatch]], args, counts) -> None:
+    """Compute log pi_old for the mini-batches after the first, with the weights before any update.
+
+    The first mini-batch needs no such pass: its log pi_old is what its own forward pass gives.
+    Nor does a row without pi_old, or whose pi_old is the sampler's.
+    """
+    rollouts = [m for micro_batches in later for m in micro_batches if m.is_rollouts]
+    for m in distributed.progress_bar("pi_old", items=rollouts):
+        is_trainers = args.pi_old == "trainer" and TABLE[m.row].needs_old_logp
+        if not (is_trainers or args.pi_old == "tis"):
+            m.old_logp = m.sampler_logp
+            continue
+        logp, _ = policy(m.ids, m.response_mask, m.lengths)  # (M,)
+        if not m.is_filler:  # it ran all the same: FSDP's ranks call the model equally often
+            set_old_policy(m, logp[None], args, counts)
+
+
+def set_old_policy(m: MicroBatch, logp: Tensor, args, counts) -> None:
+    """Set log pi_old from logp (1, M), the trainer's with the weights before the first update.
+
+    By default log pi_old is the trainer's, as in the authors' code, not the sampler's. PPO's
+    whitening comes before, so that importance weights are not whitened.
+    """
+    m.old_logp, importance = PI_OLD[args.pi_old](logp, m.sampler_logp, args.tis_cap)
+    m.advantage = m.advantage * importance
+    counts.add_mismatch(logp, m.sampler_logp)
 
 
 def packed_gae(m: MicroBatch, value: Tensor, gamma: float, lam: float) -> Tensor:
     """GAE of packed sequences whose reward comes with the last token: value and result (1, M)."""
-    lengths = torch.tensor(m.lengths, device=value.device)  # (B,)
-    values = pad_sequence(value[0].split(m.lengths), batch_first=True)  # (B, T)
+    lengths = torch.tensor(m.response_lengths, device=value.device)  # (B,)
+    values = pad_sequence(value[0].split(m.response_lengths), batch_first=True)  # (B, T)
     valid = torch.arange(values.shape[1], device=value.device) < lengths[:, None]  # (B, T)
     rewards = torch.zeros_like(values)
     reward_per_sequence = m.advantage[0, lengths.cumsum(0) - 1]  # (B,)
@@ -519,11 +553,13 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
         row = TABLE[m.row]
         bonus = args.entropy_coef if m.is_rollouts else 0.0
         with_entropy = bonus > 0 or row.scale is not scale_one
-        logp, entropy = policy(m.ids, m.response_mask, with_entropy)  # (M,), (M,) or None
+        logp, entropy = policy(m.ids, m.response_mask, m.lengths, with_entropy)  # (M,) each
         logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, M)
         if m.is_filler:
             loss = 0.0 * logp.sum()  # its backward pass takes part in FSDP's exchanges
         else:
+            if m.is_rollouts and m.old_logp is None:  # the first mini-batch of the step
+                set_old_policy(m, logp.detach(), args, counts)
             valid = torch.ones_like(m.seq, dtype=torch.bool)  # packed: no padding
             loss, stable = upge_loss(
                 row,
@@ -539,11 +575,13 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
             if m.is_rollouts:
                 counts.add_rollouts(loss, logp, m.old_logp, stable)
             else:
-                counts.add_demonstrations(logp, m.lengths)
+                counts.add_demonstrations(logp, m.response_lengths)
             if bonus:  # mean entropy of the rollouts, with the weights of the loss
                 loss = loss - bonus * (m.weight * entropy).sum()
-        counts.tokens += m.tokens
-        counts.padded_tokens += 1 if m.is_filler else m.ids.numel()
+        if m.is_filler:
+            counts.filler_tokens += m.ids.numel()
+        else:
+            counts.tokens += m.ids.numel()
         (loss * distributed.world_size()).backward()
 
 
@@ -554,7 +592,7 @@ def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts)
     """
     rollouts = [m for m in micro_batches if m.is_rollouts]
     for m in distributed.progress_bar("critic", items=rollouts):
-        value = critic(m.ids, m.response_mask)[None]  # (1, M)
+        value = critic(m.ids, m.response_mask, m.lengths)[None]  # (1, M)
         if m.is_filler:
             loss = 0.0 * value.sum()
         else:

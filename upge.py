@@ -349,6 +349,12 @@ class Row(NamedTuple):
     scale: Callable[[Tokens], Tensor] = scale_one
     critic: bool = False  # PPO: `gae` turns rewards and a critic's values into advantages
 
+    @property
+    def needs_old_logp(self) -> bool:
+        """Whether a component may depend on pi_old. A function of your own counts as if it did."""
+        without = self.log_ref in (ref_theta, ref_one, ref_luffy) and self.stable is stable_always
+        return not without
+
 
 # fmt: off
 TABLE = {

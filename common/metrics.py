@@ -50,10 +50,11 @@ class Counts:
     """Sums over the sequences that this rank trains on in one step."""
 
     timeouts: float = 0.0  # answers that the verifier gave up
-    # the pass with the weights before the first update, over tokens of rollouts
-    old_tokens: float = 0.0
+    # with the weights before the first update, over tokens of rollouts
+    mismatch_tokens: float = 0.0
     mismatch_kl: float = 0.0  # KL(sampler || trainer), estimated per token by r - 1 - log r
     mismatch_max: float = 0.0  # largest |log-probability of the trainer - of the sampler|
+    return_tokens: float = 0.0
     returns: float = 0.0
     returns_squared: float = 0.0
     advantage_variance: float = 0.0  # of all ranks, before whitening
@@ -67,9 +68,11 @@ class Counts:
     demonstrations: float = 0.0
     nll: float = 0.0  # mean over the tokens of each demonstration, summed over demonstrations
     # the update, over all sequences
-    tokens: float = 0.0
-    padded_tokens: float = 0.0
+    tokens: float = 0.0  # of prompts and responses
+    filler_tokens: float = 0.0  # of fillers, not among them
     # the same on every rank
+    sequences: float = 0.0
+    computed_sequences: float = 0.0  # those that have a signal
     lr: float = 0.0  # of the last optimizer step
     grad_norms: list[float] = dataclasses.field(default_factory=list)  # one per optimizer step
     critic_norms: list[float] = dataclasses.field(default_factory=list)
@@ -85,11 +88,12 @@ class Counts:
         largest = gap.abs().max().item()
         if math.isnan(largest) or largest > self.mismatch_max:  # a NaN, once there, stays
             self.mismatch_max = largest
-        self.old_tokens += gap.numel()
+        self.mismatch_tokens += gap.numel()
 
     def add_returns(self, returns: Tensor) -> None:
         """PPO: the returns (1, M) that the critic fits."""
         returns = returns.double()
+        self.return_tokens += returns.numel()
         self.returns += returns.sum().item()
         self.returns_squared += returns.square().sum().item()
 
@@ -110,7 +114,8 @@ class Counts:
     def total(self) -> "Counts":
         """The counts of all ranks together. Every rank must call this."""
         sums = {name: value for name, value in vars(self).items() if isinstance(value, float)}
-        maxima = ("mismatch_max", "advantage_variance", "lr")  # the last two are equal everywhere
+        equal_everywhere = ("advantage_variance", "lr", "sequences", "computed_sequences")
+        maxima = ("mismatch_max", *equal_everywhere)
         return dataclasses.replace(self, **distributed.total_over_ranks(sums, maxima))
 
 
@@ -136,10 +141,11 @@ def step_metrics(
         metrics["hpt/sft_frac"] = statistics.fmean(p.beta for p in prompts)
     if any(p.rollouts for p in prompts):
         metrics |= rollout_metrics(prompts, counts.timeouts, times["rollout"])
+    if counts.mismatch_tokens:
+        metrics["mismatch/kl"] = counts.mismatch_kl / counts.mismatch_tokens
+        metrics["mismatch/logp_max"] = counts.mismatch_max
     if counts.rl_tokens:
         metrics |= {
-            "mismatch/kl": counts.mismatch_kl / counts.old_tokens,
-            "mismatch/logp_max": counts.mismatch_max,
             "policy/clip_frac": counts.clipped / counts.rl_tokens,
             "policy/approx_kl": counts.approx_kl / counts.rl_tokens,
             "loss/rl": counts.rl_loss,
@@ -154,8 +160,12 @@ def step_metrics(
         "optim/skipped": len(counts.grad_norms) - len(finite),
         "optim/lr": counts.lr,
         "perf/train_tokens_per_sec": counts.tokens / times["train"],
-        "perf/padding_frac": 1 - counts.tokens / counts.padded_tokens,
     }
+    if counts.sequences:
+        metrics["data/no_signal"] = 1 - counts.computed_sequences / counts.sequences
+    if counts.tokens:
+        computed = counts.tokens + counts.filler_tokens
+        metrics["perf/padding_frac"] = counts.filler_tokens / computed
     if torch.cuda.is_available():
         metrics |= gpu_metrics(parameters, counts.tokens, times["train"])
     metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
@@ -198,8 +208,8 @@ def rollout_metrics(prompts: list, timeouts: float, seconds: float) -> dict:
 
 def critic_metrics(counts: Counts) -> dict:
     """PPO's critic: how well it predicted the returns before the update, and its loss."""
-    mean = counts.returns / counts.old_tokens
-    variance = counts.returns_squared / counts.old_tokens - mean**2
+    mean = counts.returns / counts.return_tokens
+    variance = counts.returns_squared / counts.return_tokens - mean**2
     metrics = {
         "critic/loss": counts.value_loss / len(counts.critic_norms),
         "critic/returns_mean": mean,

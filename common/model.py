@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from common import distributed
+from common import attention, distributed
 
 
 class Network(torch.nn.Module):
     """A Hugging Face model `lm`, and what the policy and the critic have in common."""
 
     name = "network"
+    can_pack = False  # whether a micro-batch may hold several sequences; set by `shard`
     optimizer: torch.optim.Optimizer  # set by `shard`
     updates = 0  # optimizer steps that were taken, not skipped
 
@@ -24,15 +25,18 @@ class Network(torch.nn.Module):
         super().__init__()
         self.lm = lm
 
-    def states_before(self, ids: Tensor, response: Tensor) -> Tensor:
+    def states_before(self, ids: Tensor, response: Tensor, lengths: list[int]) -> Tensor:
         """The last hidden states (M, D) at the positions just before the tokens in `response`.
 
-        ids is (B, T) int64, padded on the right. Under causal attention no real token sees the
-        padding, so there is no attention mask. response is (B, T) bool and marks the M tokens; it
-        is never true in column 0.
+        ids is (1, T) int64: sequences of the given lengths, one after the other. response is (1, T)
+        bool and marks the M tokens; it is never true at the first token of a sequence.
         """
-        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-        return hidden[:, :-1][response[:, 1:]]
+        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(ids.device)  # (1, T)
+        packing = {attention.LENGTHS: lengths} if self.can_pack else {}
+        states = self.lm.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False, **packing
+        ).last_hidden_state  # (1, T, D)
+        return states[:, :-1][response[:, 1:]]
 
     def num_parameters(self) -> int:
         """The number of parameters, over all shards."""
@@ -41,10 +45,14 @@ class Network(torch.nn.Module):
     def step(self, lr: float, max_norm: float) -> float:
         """Clip the gradient, take an optimizer step, clear the gradient. Returns its norm.
 
-        If the norm is not finite, the optimizer step is skipped; the gradient is cleared anyway.
+        Without any backward pass the gradient is 0; AdamW then takes the step that its averages of
+        earlier gradients give. If the norm is not finite, the optimizer step is skipped; the gradient is cleared anyway.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        for parameter in self.parameters():
+            if parameter.grad is None:  # no sequence of the mini-batch has a signal
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm).full_tensor().item()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -92,7 +100,8 @@ class Network(torch.nn.Module):
         """
         for name, parameter in self.lm.named_parameters(remove_duplicate=False):
             dtype = torch.bfloat16 if parameter.is_cuda else torch.float32
-            yield name, parameter.detach().full_tensor().to(dtype)
+            # Cast before gathering, which then moves half the bytes.
+            yield name, parameter.detach().to(dtype).full_tensor()
 
     def save(self, directory: Path, tokenizer, end_token_ids: list[int] | None = None) -> None:
         """Write a plain Hugging Face directory, with the weights as the sampler has them.
@@ -135,15 +144,15 @@ class Policy(Network):
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)  # Gemma 2
 
     def forward(
-        self, ids: Tensor, response: Tensor, with_entropy: bool = False
+        self, ids: Tensor, response: Tensor, lengths: list[int], with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (M,) of the M tokens that `response` marks, and entropies or None.
 
-        The M tokens come in the order of the rows, each row from left to right, without padding.
         entropies (M,), in nats, are those of the distributions from which the tokens come. Both
-        are float32 or wider. ids and response are as in Network.states_before.
+        are float32 or wider. ids, response and lengths are as in Network.states_before.
         """
-        hidden, targets = self.states_before(ids, response), ids[response]  # (M, D), (M,)
+        hidden = self.states_before(ids, response, lengths)  # (M, D)
+        targets = ids[response]  # (M,)
         logp, entropy = [], []
         for states, tokens in zip(hidden.split(self.chunk), targets.split(self.chunk)):
             # checkpoint: the chunk's logits are computed again in the backward pass, not kept.
@@ -154,8 +163,7 @@ class Policy(Network):
 
     def head(self, hidden: Tensor, targets: Tensor, with_entropy: bool):
         """(c,) log-probabilities and entropies from (c, D) states and (c,) token ids."""
-        logits = self.lm.get_output_embeddings()(hidden)  # (c, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = wide_logits(self.lm.get_output_embeddings(), hidden)  # (c, V)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         logits = logits / self.temperature
@@ -164,14 +172,47 @@ class Policy(Network):
         return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
+def wide_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """The output layer's logits (c, V) of states (c, D), in float32 or wider.
+
+    On a GPU the operands are bfloat16, but the products are not rounded to bfloat16, which has 3
+    digits: the sampler does the same (`rollout.with_float32_logits`), so that both agree.
+    """
+    if hidden.dtype != torch.bfloat16:
+        return head(hidden)
+    logits = WideProduct.apply(hidden, head.weight)
+    return logits if head.bias is None else logits + head.bias.float()
+
+
+class WideProduct(torch.autograd.Function):
+    """x @ w.T in float32 for bfloat16 x (c, D) and w (V, D).
+
+    torch has no derivative for a product whose result is wider than its operands. This one rounds
+    the gradient of the result to bfloat16, as the gradient of a bfloat16 layer is.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        if x.is_cuda:
+            return torch.mm(x, w.T, out_dtype=torch.float32)
+        return x.float() @ w.float().T  # products of two bfloat16 numbers are exact in float32
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ w, grad.T @ x
+
+
 class Critic(Network):
     """PPO's value model: the same base with a scalar head. `lm` is a ...ForTokenClassification."""
 
     name = "critic"
 
-    def forward(self, ids: Tensor, response: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, response: Tensor, lengths: list[int]) -> Tensor:
         """Values (M,) of the states before the M tokens in `response`; arguments as Policy's."""
-        hidden = self.states_before(ids, response)  # (M, D)
+        hidden = self.states_before(ids, response, lengths)  # (M, D)
         # In float32: bfloat16 has 3 digits, and advantages are often smaller than that error.
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight, bias = self.lm.score.weight.to(wide), self.lm.score.bias.to(wide)
@@ -240,6 +281,7 @@ def shard(network: Network, args, device) -> Network:
     float32; on a CPU all is float32.
     """
     lm = network.lm.train()  # without train(), transformers ignores gradient checkpointing
+    network.can_pack = attention.use_packed(lm)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     if device.type == "cuda":
@@ -258,5 +300,9 @@ def shard(network: Network, args, device) -> Network:
 def build_optimizer(network: Network, args) -> torch.optim.Optimizer:
     """AdamW as the paper's authors have it. `Network.step` sets the learning rate."""
     return torch.optim.AdamW(
-        network.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay
+        network.parameters(),
+        lr=args.lr,
+        betas=(0.9, 0.999),
+        weight_decay=args.weight_decay,
+        fused=torch.cuda.is_available(),  # one kernel for all parameters
     )
