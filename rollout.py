@@ -11,6 +11,7 @@ Every rank calls every method. vllm is imported only when a Sampler is built.
 """
 
 import contextlib
+import functools
 import math
 import os
 import warnings
@@ -27,7 +28,7 @@ class Rollout(NamedTuple):
     """One sampled response."""
 
     ids: list[int]  # tokens, with the end-of-sequence token if the model produced one
-    logp: list[float]  # log-probability of each, after temperature and top-p: how it was sampled
+    logp: list[float] | None  # log-probability of each, after temperature and top-p, if asked for
     truncated: bool  # stopped by the length limit
     text: str  # decoded, without special tokens
 
@@ -110,7 +111,7 @@ class Sampler:
         under_torchrun = torch.distributed.is_initialized()
         self.llm = LLM(
             model,
-            hf_overrides=config_overrides,
+            hf_overrides=functools.partial(prepare_config, config_overrides),
             max_model_len=max_tokens,
             max_num_seqs=256,
             tensor_parallel_size=tensor_parallel,
@@ -123,6 +124,12 @@ class Sampler:
             generation_config="vllm",
             **device_settings,
         )
+        self.tokenizer = self.llm.get_tokenizer()
+        if bad := self.llm.apply_model(first_not_finite)[0]:
+            raise SystemExit(
+                f"error: --model {model}: its weights are not finite numbers (nan or inf in {bad}): "
+                "take a checkpoint that is whole"
+            )
 
     def generate(self, prompts: list, seeds: list, n: int, label: str | None = None) -> list:
         """n responses for each prompt: a list of lists of Rollout, in the order of the prompts.
@@ -136,13 +143,18 @@ class Sampler:
         """
         groups = [None] * len(prompts)
         with distributed.progress_bar(label, len(prompts)) as bar:
-            for i, group in self.stream(prompts, seeds, n):
+            for i, group in self.stream(prompts, seeds, n, with_logp=True):
                 groups[i] = group
                 bar.update()
         return groups
 
-    def stream(self, prompts: list, seeds: list, n: int) -> Iterator[tuple[int, list[Rollout]]]:
-        """As `generate`, but yield (index of the prompt, its responses) as each prompt is done."""
+    def stream(
+        self, prompts: list, seeds: list, n: int, with_logp: bool = False
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """As `generate`, but yield (index of the prompt, its responses) as each prompt is done.
+
+        with_logp: whether the responses get log-probabilities; without them it is faster.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -155,14 +167,25 @@ class Sampler:
                 top_p=self.top_p,
                 max_tokens=self.max_response_tokens,
                 stop_token_ids=self.more_end_ids or None,
-                logprobs=0,  # of the sampled token only
+                logprobs=0 if with_logp else None,  # 0: of the sampled token only
+                flat_logprobs=True,  # in lists of numbers, instead of one object per token
+                detokenize=False,  # it is faster to decode whole responses
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             engine.add_request(str(i), {"prompt_token_ids": ids}, settings)
         while engine.has_unfinished_requests():
             for request in engine.step():
                 if request.finished:
-                    yield int(request.request_id), [to_rollout(out) for out in request.outputs]
+                    yield int(request.request_id), self.to_rollouts(request.outputs)
+
+    def to_rollouts(self, outputs: list) -> list[Rollout]:
+        """vLLM's CompletionOutputs as Rollouts."""
+        texts = self.tokenizer.batch_decode(
+            [output.token_ids for output in outputs],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return [to_rollout(output, text) for output, text in zip(outputs, texts)]
 
     def load(self, named_tensors: Iterable) -> None:
         """Replace the weights, and wake the engine if it sleeps.
@@ -181,9 +204,12 @@ class Sampler:
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def sleep(self) -> None:
-        """Give the GPU memory back until the next `load`. On a CPU this does nothing."""
+        """Give the GPU memory back until the next `load`. On a CPU this does nothing.
+
+        Level 2 forgets the weights. Level 1 would copy them to the host, to be replaced anyway.
+        """
         if self.can_sleep:
-            self.llm.sleep(level=1)
+            self.llm.sleep(level=2)
 
     def close(self) -> None:
         """End the engine, then the process group; in the other order vLLM prints a traceback."""
@@ -194,16 +220,40 @@ class Sampler:
             dist.destroy_process_group()
 
 
-def to_rollout(output) -> Rollout:
+def to_rollout(output, text: str) -> Rollout:
     """A vLLM CompletionOutput as a Rollout. Raises SystemExit if a probability is not a number."""
-    ids = list(output.token_ids)
-    logp = [logprobs[token].logprob for token, logprobs in zip(ids, output.logprobs)]
-    if math.isnan(sum(logp)):
-        raise SystemExit(
-            "error: the model's probabilities are not numbers (nan): are its weights whole, and "
-            "does its config belong to them?"
-        )
-    return Rollout(ids, logp, output.finish_reason == "length", output.text)
+    logp = None
+    if output.logprobs is not None:
+        logp = list(output.logprobs.logprobs)  # one per token
+        if math.isnan(sum(logp)):
+            raise SystemExit(
+                "error: the model's probabilities are not numbers (nan): are its weights whole, "
+                "and does its config belong to them?"
+            )
+    return Rollout(list(output.token_ids), logp, output.finish_reason == "length", text)
+
+
+def prepare_config(overrides, config):
+    """The Hugging Face config that the engine uses: the caller's overrides, and float32 logits.
+
+    On a GPU vLLM would round the logits to bfloat16, which has 3 digits. The trainer computes them
+    in float32 too (`model.wide_logits`).
+    """
+    import torch
+
+    if overrides is not None:
+        config = overrides(config)
+    if torch.cuda.is_available():
+        config.head_dtype = "float32"
+    return config
+
+
+def first_not_finite(model) -> str | None:
+    """The name of the first parameter with a value that is not a finite number, if there is one."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return name
+    return None
 
 
 def set_vllm_environment() -> None:

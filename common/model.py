@@ -176,7 +176,7 @@ def wide_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
     """The output layer's logits (c, V) of states (c, D), in float32 or wider.
 
     On a GPU the operands are bfloat16, but the products are not rounded to bfloat16, which has 3
-    digits: the sampler does the same (`rollout.with_float32_logits`), so that both agree.
+    digits: the sampler does the same (`rollout.prepare_config`), so that both agree.
     """
     if hidden.dtype != torch.bfloat16:
         return head(hidden)
