@@ -62,6 +62,7 @@ class Sampler:
             first, and those of generation_config.json; it does not look for others in config.json.
         gpu_memory_utilization: the share of the GPU's memory that the engine takes while awake.
             Build the sampler before the trainer takes memory.
+        max_num_seqs: how many responses the engine computes at a time.
         seed: of the engine. Samples depend on the seeds given to `generate` alone.
 
     The engine computes in float32 on a CPU and in bfloat16 on a GPU.
@@ -79,6 +80,7 @@ class Sampler:
         tensor_parallel: int = 1,
         end_token_ids: list[int] | None = None,
         gpu_memory_utilization: float = 0.5,
+        max_num_seqs: int = 256,
         seed: int = 0,
     ):
         if distributed.world_size() % tensor_parallel:
@@ -113,7 +115,7 @@ class Sampler:
             model,
             hf_overrides=functools.partial(prepare_config, config_overrides),
             max_model_len=max_tokens,
-            max_num_seqs=256,
+            max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher" if under_torchrun else None,
             logprobs_mode="processed_logprobs",  # after temperature and top-p
@@ -127,8 +129,8 @@ class Sampler:
         self.tokenizer = self.llm.get_tokenizer()
         if bad := self.llm.apply_model(first_not_finite)[0]:
             raise SystemExit(
-                f"error: --model {model}: its weights are not finite numbers (nan or inf in {bad}): "
-                "take a checkpoint that is whole"
+                f"error: --model {model}: its weights are not finite numbers (nan or inf in "
+                f"{bad}): take a checkpoint that is whole"
             )
 
     def generate(self, prompts: list, seeds: list, n: int, label: str | None = None) -> list:

@@ -37,6 +37,7 @@ from train_hpt import (
     collate,
     old_policy_pass,
     plan_micro_batches,
+    value_pass,
 )
 from upge import METHODS, PI_OLD, TABLE, clip_mask, gae, hpt_gate, smooth_gate, upge_loss
 
@@ -511,7 +512,7 @@ def tiny_critic():
     return Qwen2ForTokenClassification(config).double()
 
 
-def made_up_value(ids, response):
+def made_up_value(ids, response, lengths):
     """A critic: some function of the token, in float64."""
     return torch.sin(ids[response].double())
 
@@ -541,11 +542,13 @@ def gradient_on_ranks(rank, world, port, cases, path):
     for case in cases:
         settings = ARGS | (case.changes or {}) | {"tokens_per_microbatch": case.budget}
         args = SimpleNamespace(**settings)
-        micro_batches = build_micro_batches(case.prompts, METHODS[case.method], args, cpu)
+        method = METHODS[case.method]
+        micro_batches = build_micro_batches(case.prompts, method, args, cpu, Counts())
         if case.wrong:
             weigh_per_micro_batch(micro_batches)
-        critic = made_up_value if case.method == "ppo" else None
-        old_policy_pass(policy, critic, [micro_batches], args, Counts())
+        if case.method == "ppo":
+            value_pass(made_up_value, [micro_batches], args, Counts())
+        old_policy_pass(policy, [micro_batches], args, Counts())
         for m in micro_batches:
             if m.old_logp is not None:
                 m.old_logp = stale(m.old_logp)  # as if some updates had been made
@@ -555,7 +558,7 @@ def gradient_on_ranks(rank, world, port, cases, path):
         gradient = {name: p.grad.full_tensor().clone() for name, p in lm.named_parameters()}
         results.append(gradient | seen)
         policy.zero_grad()
-    results.append(critic_gradient_on_ranks(policy, cpu))
+    results.append(critic_gradient_on_ranks(cpu))
     if rank == 0:
         torch.save(results, path)
     dist.destroy_process_group()
@@ -568,12 +571,12 @@ def weigh_per_micro_batch(micro_batches):
         m.weight = torch.full_like(m.weight, 1 / of_row / m.weight.numel())
 
 
-def critic_gradient_on_ranks(policy, device):
+def critic_gradient_on_ranks(device):
     """{name: gradient} of the value loss."""
     value_model, args = tiny_critic(), SimpleNamespace(**ARGS)
     critic = fully_shard(Critic(value_model))
-    micro_batches = build_micro_batches(made_up_step(0), METHODS["ppo"], args, device)
-    old_policy_pass(policy, critic, [micro_batches], args, Counts())
+    micro_batches = build_micro_batches(made_up_step(0), METHODS["ppo"], args, device, Counts())
+    value_pass(critic, [micro_batches], args, Counts())
     for m in micro_batches:
         if m.value is not None:
             m.value = stale(m.value)
@@ -634,7 +637,7 @@ CASES = {
     "one row": Case(made_up_step(2), "hpt", 1),
     "small": Case(made_up_step(2), "hpt", 50, probe=True),
     "wrong whole": Case(made_up_step(2), "hpt", 10_000, wrong=True),
-    "wrong small": Case(made_up_step(2), "hpt", 50, wrong=True),
+    "wrong small": Case(made_up_step(2), "hpt", 20, wrong=True),
     "sampler": Case(made_up_step(0), "grpo", changes={"pi_old": "sampler"}),
     "tis": Case(made_up_step(0), "grpo", changes={"pi_old": "tis"}),
     "tis, low cap": Case(made_up_step(0), "grpo", changes={"pi_old": "tis", "tis_cap": 0.3}),
@@ -953,11 +956,6 @@ def step_with_known_values(shuffled=False):
     return prompts
 
 
-def any_policy(ids, response):
-    """A policy for which only the critic matters."""
-    return torch.zeros(int(response.sum())), None
-
-
 def fit_critic(rank, port, path):
     """In a process of its own: the critic's explained variance on fresh rollouts.
 
@@ -973,8 +971,8 @@ def fit_critic(rank, port, path):
 
     def micro_batches_and_explained_variance(shuffled=False):
         prompts, counts = step_with_known_values(shuffled), Counts()
-        micro_batches = build_micro_batches(prompts, METHODS["ppo"], args, cpu)
-        old_policy_pass(any_policy, critic, [micro_batches], args, counts)
+        micro_batches = build_micro_batches(prompts, METHODS["ppo"], args, cpu, counts)
+        value_pass(critic, [micro_batches], args, counts)
         returns = torch.cat([m.returns for m in micro_batches], 1)
         explained = 1 - counts.advantage_variance / returns.var(correction=0).item()
         return micro_batches, explained
@@ -1027,8 +1025,8 @@ def test_plan_holds_every_sequence_once(ranks, budget):
 def test_plan_balances_tokens_not_sequences():
     lengths = [50, 3, 3, 3, 40, 3, 3, 20, 3, 3, 10, 3]
     sequences = [Sequence([1], [1] * n, False, 0, 0.0) for n in lengths]
-    plan = plan_micro_batches(sequences, 2, 1)
-    loads = [sum(len(s.response_ids) + 1 for [s] in filter(None, rank)) for rank in plan]
+    plan = plan_micro_batches(sequences, 2, 100)
+    loads = [sum(len(s.response_ids) + 1 for batch in rank for s in batch) for rank in plan]
     assert abs(loads[0] - loads[1]) <= 10, loads
     half = [sum(lengths[i::2]) for i in (0, 1)]  # negative control: dealing out by count
     assert abs(half[0] - half[1]) > 10

@@ -40,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 import evaluate
 import reward
 import rollout
-from common import data, distributed, metrics, model, probe, report
+from common import data, distributed, metrics, model, plan, probe, report
 from upge import GATES, METHODS, PI_OLD, TABLE, Method, adv_one, gae, scale_one, upge_loss
 
 
@@ -49,9 +49,10 @@ def main(args) -> None:
     method = METHODS[args.method]
     inputs = load_inputs(args, method)  # bad models and data fail here, before slow starts
     with reward.Verifier(function=args.reward) as verifier:
-        device, sampler, policy, critic = start(args, method, inputs)
+        memory = plan.memory_plan(args, inputs.config, needs_critic(method))
+        device, sampler, policy, critic = start(args, method, inputs, memory)
         out = report.open_run(args)
-        print_plan(args, method, inputs, policy, critic, out)
+        print_plan(args, method, inputs, policy, memory, out)
         sampler.load(policy.weights())  # wakes the sampler, which `start` has put to sleep
         if inputs.held_out:
             report.log(
@@ -384,7 +385,9 @@ class MicroBatch:
         if not kept:
             return collate(self.row, [], self.ids.device)
         kept_ids = torch.tensor([i in kept for i in range(len(self.lengths))])  # (B,)
-        kept_ids = kept_ids.repeat_interleave(torch.tensor(self.lengths)).to(self.ids.device)  # (T,)
+        kept_ids = kept_ids.repeat_interleave(torch.tensor(self.lengths)).to(
+            self.ids.device
+        )  # (T,)
         kept_tokens = kept_ids[self.response_mask[0]]  # (M,)
         packed = ("advantage", "weight", "sampler_logp", "old_logp", "value", "returns")
         cut = {name: getattr(self, name) for name in packed}
@@ -654,7 +657,7 @@ def needs_critic(method: Method) -> bool:
     return method.rollouts is not None and TABLE[method.rollouts].critic
 
 
-def start(args, method: Method, inputs: Inputs):
+def start(args, method: Method, inputs: Inputs, memory: plan.MemoryPlan):
     """Build (device, sampler, policy, critic or None); the sampler sleeps.
 
     The order matters on a GPU: vLLM measures the free memory when it starts, so it comes before the
@@ -669,7 +672,8 @@ def start(args, method: Method, inputs: Inputs):
         config_overrides=data.overrides_of(args),
         tensor_parallel=args.tensor_parallel,
         end_token_ids=inputs.end_token_ids,
-        gpu_memory_utilization=args.gpu_memory_utilization,
+        gpu_memory_utilization=args.gpu_memory_utilization or memory.utilization,
+        max_num_seqs=memory.concurrent,
         seed=args.seed,
     )
     sampler.sleep()
@@ -678,14 +682,13 @@ def start(args, method: Method, inputs: Inputs):
     return device, sampler, policy, critic
 
 
-def print_plan(args, method: Method, inputs: Inputs, policy, critic, out: Path) -> None:
+def print_plan(args, method: Method, inputs: Inputs, policy, memory, out: Path) -> None:
     """Say what is about to happen, on rank 0."""
-    parameters = policy.num_parameters()
     report.print_plan(
         args,
         out,
-        parameters=parameters,
-        trained_parameters=parameters + (critic.num_parameters() if critic else 0),
+        parameters=policy.num_parameters(),
+        memory=memory.lines(),
         tokenizer=inputs.tokenizer,
         problems=inputs.problems,
         left_out=inputs.left_out,
@@ -737,4 +740,7 @@ def save_checkpoint(out: Path, step: int, args, policy, critic, inputs: Inputs) 
 
 if __name__ == "__main__":
     with distributed.one_failure_message():
-        main(ARGS)
+        if ARGS.plan is None:
+            main(ARGS)
+        else:
+            plan.show(ARGS, needs_critic(METHODS[ARGS.method]))

@@ -265,7 +265,7 @@ def training_parser() -> Parser:
         1.0,
         "T; rollouts and losses, demonstrations' too, use softmax(logits / T)",
     )
-    add_engine_flags(group, gpu_memory_utilization=0.5)
+    add_engine_flags(group, gpu_memory_utilization=None)
 
     add_algorithm_flags(parser)
     add_optimisation_flags(parser)
@@ -284,6 +284,14 @@ def training_parser() -> Parser:
     )
     number(
         group, "--save-every", COUNT_OR_0, 0, "steps between checkpoints; 0: only one at the end"
+    )
+    group.add_argument(
+        "--plan",
+        nargs="?",
+        type=POSITIVE_OR_0,
+        const=0.0,
+        metavar="GB",
+        help="only estimate the memory, on this machine or on GPUs of so many GB; then end",
     )
     return parser
 
@@ -538,13 +546,14 @@ def add_reward_flag(group) -> None:
     text(group, "--reward", "MODULE:FUNCTION", about, "reward:grade")
 
 
-def add_engine_flags(group, gpu_memory_utilization: float) -> None:
+def add_engine_flags(group, gpu_memory_utilization: float | None) -> None:
     """Add the flags that say how vLLM uses the GPUs."""
+    left = " (what the trainer leaves free)" if gpu_memory_utilization is None else ""
     number(group, "--tensor-parallel", COUNT, 1, "ranks that share one vLLM engine")
     number(
         group,
         "--gpu-memory-utilization",
         SHARE_ABOVE_0,
         gpu_memory_utilization,
-        "share of a GPU for vLLM while it samples",
+        "share of a GPU for vLLM while it samples" + left,
     )

@@ -17,13 +17,13 @@ class Network(torch.nn.Module):
     """A Hugging Face model `lm`, and what the policy and the critic have in common."""
 
     name = "network"
-    can_pack = False  # whether a micro-batch may hold several sequences; set by `shard`
     optimizer: torch.optim.Optimizer  # set by `shard`
     updates = 0  # optimizer steps that were taken, not skipped
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
+        self.can_pack = attention.use_packed(lm)  # else a micro-batch must be a single sequence
 
     def states_before(self, ids: Tensor, response: Tensor, lengths: list[int]) -> Tensor:
         """The last hidden states (M, D) at the positions just before the tokens in `response`.
@@ -193,6 +193,7 @@ class WideProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        """x @ w.T."""
         ctx.save_for_backward(x, w)
         if x.is_cuda:
             return torch.mm(x, w.T, out_dtype=torch.float32)
@@ -200,6 +201,7 @@ class WideProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x and w from that of the result."""
         x, w = ctx.saved_tensors
         grad = grad.to(x.dtype)
         return grad @ w, grad.T @ x
@@ -281,7 +283,6 @@ def shard(network: Network, args, device) -> Network:
     float32; on a CPU all is float32.
     """
     lm = network.lm.train()  # without train(), transformers ignores gradient checkpointing
-    network.can_pack = attention.use_packed(lm)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     if device.type == "cuda":

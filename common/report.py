@@ -313,7 +313,7 @@ def print_plan(
     out,
     *,
     parameters,
-    trained_parameters,
+    memory,
     tokenizer,
     problems,
     left_out,
@@ -327,7 +327,7 @@ def print_plan(
         args: the flags.
         out: the run's directory.
         parameters: how many numbers the policy has.
-        trained_parameters: the same with the critic's, if there is one.
+        memory: lines on the memory that it needs.
         tokenizer: the policy's.
         problems, held_out: tokenised problems to train on and to evaluate.
         left_out, held_out_left_out: sentences on the problems that did not fit.
@@ -337,14 +337,13 @@ def print_plan(
         return
     world = world_size()
     ranks = "1 rank" if world == 1 else f"{world} ranks"
-    gigabytes = 16 * trained_parameters / world / 1e9  # four float32 numbers per parameter
     held_out_note = f" ({held_out_left_out})" if held_out else ""
     first = problems[0]
     demonstration_note = ", and its demonstration" if "demo_ids" in first else ""
     lines = [
         "",
-        f"{args.method} on {args.model}: {parameters / 1e6:,.1f} M parameters, {ranks}; "
-        f"weights, gradients and Adam's moments {gigabytes:.2f} GB per rank",
+        f"{args.method} on {args.model}: {parameters / 1e6:,.1f} M parameters, {ranks}",
+        *memory,
         f"{len(problems)} problems from {args.data} ({left_out}); "
         f"{len(held_out)} held out{held_out_note}",
         f"{args.steps} steps of {args.prompts_per_step} prompts x {n} rollouts, "

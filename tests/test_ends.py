@@ -90,6 +90,12 @@ class Engine:
         self.llm_engine = self
         self.settings = []
 
+    def get_tokenizer(self):
+        return None
+
+    def apply_model(self, function):
+        return [None]
+
     def add_request(self, name, prompt, settings):
         self.settings.append(settings)
 

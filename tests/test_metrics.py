@@ -24,7 +24,14 @@ TIMES = {"rollout": 2.0, "reward": 1.0, "train": 4.0}
 
 
 def measured(prompts=STEP, gated=True, counts=None, **changes):
-    counts = counts or Counts(tokens=6.0, padded_tokens=8.0, grad_norms=[1.0, 3.0], lr=0.25)
+    counts = counts or Counts(
+        tokens=6.0,
+        filler_tokens=2.0,
+        sequences=8.0,
+        computed_sequences=6.0,
+        grad_norms=[1.0, 3.0],
+        lr=0.25,
+    )
     for name, value in changes.items():
         setattr(counts, name, value)
     return step_metrics(7, prompts, gated, counts, TIMES, 1000)
@@ -50,6 +57,7 @@ def measured(prompts=STEP, gated=True, counts=None, **changes):
         ("optim/lr", 0.25),
         ("optim/skipped", 0),
         ("perf/padding_frac", 0.25),
+        ("data/no_signal", 0.25),
         ("perf/train_tokens_per_sec", 1.5),
         ("perf/rollout_tokens_per_sec", 9.0),
         ("time/step", 7.0),
@@ -84,7 +92,7 @@ def test_a_step_of_demonstrations_alone_has_no_mismatch():
 
 
 def test_mismatch_of_sampler_and_trainer():
-    counts = Counts(tokens=1.0, padded_tokens=1.0, rl_tokens=1.0)
+    counts = Counts(tokens=1.0, rl_tokens=1.0)
     counts.add_mismatch(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.0, -1.5]]))
     counts.add_mismatch(torch.tensor([[-1.0]]), torch.tensor([[-1.2]]))
     metrics = measured(counts=counts)
@@ -95,7 +103,7 @@ def test_mismatch_of_sampler_and_trainer():
 
 
 def test_clip_fraction_and_approximate_kl():
-    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=4.0)
+    counts = Counts(tokens=1.0)
     logp, old = torch.tensor([[-1.0, -1.0, -1.0, -1.0]]), torch.tensor([[-1.0, -2.0, -1.0, -1.0]])
     counts.add_rollouts(torch.tensor(0.5), logp, old, torch.tensor([[1.0, 0.0, 1.0, 1.0]]))
     metrics = measured(counts=counts)
@@ -106,7 +114,7 @@ def test_clip_fraction_and_approximate_kl():
 
 def test_the_losses_of_micro_batches_add_up():
     """Each weight contains its normaliser, so the losses are parts of one sum."""
-    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=2.0)
+    counts = Counts(tokens=1.0)
     for loss in (0.25, -1.0):
         one = torch.zeros(1, 1)
         counts.add_rollouts(torch.tensor(loss), one, one, torch.ones(1, 1))
@@ -114,14 +122,14 @@ def test_the_losses_of_micro_batches_add_up():
 
 
 def test_nll_is_the_mean_over_demonstrations_of_their_mean_over_tokens():
-    counts = Counts(tokens=1.0, padded_tokens=1.0)
+    counts = Counts(tokens=1.0)
     counts.add_demonstrations(torch.tensor([[-1.0, -3.0, -5.0]]), [2, 1])
     assert measured(counts=counts)["sft/nll"] == pytest.approx((2 + 5) / 2)
 
 
 def test_explained_variance_by_hand():
     returns = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
-    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=4.0, advantage_variance=0.1)
+    counts = Counts(tokens=1.0, advantage_variance=0.1)
     counts.add_returns(returns)
     counts.value_loss, counts.critic_norms = 3.0, [1.0, 5.0]
     metrics = measured(counts=counts)
@@ -131,21 +139,21 @@ def test_explained_variance_by_hand():
 
 
 def test_equal_returns_leave_nothing_to_explain():
-    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=2.0, critic_norms=[1.0])
+    counts = Counts(tokens=1.0, critic_norms=[1.0])
     counts.add_returns(torch.ones(1, 2))
     assert "critic/explained_variance" not in measured(counts=counts)
 
 
 def test_a_critic_worse_than_none_explains_less_than_nothing():
     """It predicts 1, 0, 1, 0 where the returns are 0, 1, 0, 1: the advantages are -1 and 1."""
-    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=4.0, advantage_variance=1.0)
+    counts = Counts(tokens=1.0, advantage_variance=1.0)
     counts.add_returns(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
     counts.critic_norms = [1.0]
     assert measured(counts=counts)["critic/explained_variance"] == pytest.approx(1 - 1 / 0.25)
 
 
 def test_skipped_updates_of_the_critic_are_counted():
-    counts = Counts(tokens=1.0, padded_tokens=1.0, old_tokens=1.0)
+    counts = Counts(tokens=1.0, return_tokens=1.0)
     counts.critic_norms = [1.0, math.inf, 2.0]
     assert measured(counts=counts)["critic/skipped"] == 1
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common import distributed, model
@@ -14,24 +15,28 @@ from common.model import Critic, Policy
 from test_upge import spawn, tiny_critic, tiny_lm
 from toy import make
 
-IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 0]])
-RESPONSE = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 0]]).bool()
+# Two sequences, one after the other, and which of their tokens are the response's.
+IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11]])
+RESPONSE = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1, 1]]).bool()
+LENGTHS = [5, 4]
 
 
 def plain_log_probabilities(lm, temperature):
-    """(logp, entropy) of the marked tokens, with plain transformers."""
-    logits = lm(IDS).logits[:, :-1] / temperature
-    logp = logits.log_softmax(-1)
-    chosen = logp.gather(-1, IDS[:, 1:, None]).squeeze(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return chosen[RESPONSE[:, 1:]], entropy[RESPONSE[:, 1:]]
+    """(logp, entropy) of the marked tokens, each sequence by itself, with plain transformers."""
+    lm.set_attn_implementation("eager")
+    chosen, entropies = [], []
+    for ids, response in zip(IDS[0].split(LENGTHS), RESPONSE[0].split(LENGTHS), strict=True):
+        logp = (lm(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
+        chosen.append(logp.gather(-1, ids[1:, None])[response[1:], 0])
+        entropies.append(-(logp.exp() * logp).sum(-1)[response[1:]])
+    return torch.cat(chosen), torch.cat(entropies)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logits_are_divided_by_the_temperature(temperature):
     lm = tiny_lm()
     wanted, entropy = plain_log_probabilities(lm, temperature)
-    got, got_entropy = Policy(lm, temperature)(IDS, RESPONSE, with_entropy=True)
+    got, got_entropy = Policy(lm, temperature)(IDS, RESPONSE, LENGTHS, with_entropy=True)
     assert torch.allclose(got, wanted) and torch.allclose(got_entropy, entropy)
     other, _ = plain_log_probabilities(lm, 1.3)  # negative control
     assert not torch.allclose(got, other, atol=1e-4)
@@ -42,7 +47,7 @@ def test_chunks_do_not_change_log_probabilities_entropies_or_gradient(chunk):
     results = []
     for size in (chunk, 1000):
         lm = tiny_lm()
-        logp, entropy = Policy(lm, 0.7, size)(IDS, RESPONSE, with_entropy=True)
+        logp, entropy = Policy(lm, 0.7, size)(IDS, RESPONSE, LENGTHS, with_entropy=True)
         logp.sin().sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in lm.parameters()])
         results.append((logp, entropy, gradient))
@@ -50,23 +55,16 @@ def test_chunks_do_not_change_log_probabilities_entropies_or_gradient(chunk):
 
 
 def test_log_probabilities_of_a_bfloat16_model_are_float32():
-    logp, entropy = Policy(tiny_lm().bfloat16(), 1.0)(IDS, RESPONSE, with_entropy=True)
+    logp, entropy = Policy(tiny_lm().bfloat16(), 1.0)(IDS, RESPONSE, LENGTHS, with_entropy=True)
     assert logp.dtype == entropy.dtype == torch.float32
 
 
 def test_values_of_a_bfloat16_critic_are_float32():
-    assert Critic(tiny_critic().bfloat16())(IDS, RESPONSE).dtype == torch.float32
+    assert Critic(tiny_critic().bfloat16())(IDS, RESPONSE, LENGTHS).dtype == torch.float32
 
 
 def test_without_a_wish_for_it_there_is_no_entropy():
-    assert Policy(tiny_lm(), 1.0)(IDS, RESPONSE)[1] is None
-
-
-def test_log_probabilities_come_row_by_row_without_padding():
-    lm = tiny_lm()
-    both, _ = Policy(lm, 1.0)(IDS, RESPONSE)
-    second, _ = Policy(lm, 1.0)(IDS[1:, :4], RESPONSE[1:, :4])
-    assert torch.allclose(both[3:], second)
+    assert Policy(tiny_lm(), 1.0)(IDS, RESPONSE, LENGTHS)[1] is None
 
 
 def gemma2(cap):
@@ -92,19 +90,85 @@ def gemma2(cap):
 def test_gemma_2s_soft_cap_on_logits_is_applied():
     lm = gemma2(1.0)
     wanted, _ = plain_log_probabilities(lm, 1.0)
-    assert torch.allclose(Policy(lm, 1.0)(IDS, RESPONSE)[0], wanted)
+    assert torch.allclose(Policy(lm, 1.0)(IDS, RESPONSE, LENGTHS)[0], wanted)
     uncapped = Policy(lm, 1.0)
     uncapped.softcap = None  # negative control
-    assert not torch.allclose(uncapped(IDS, RESPONSE)[0], wanted, atol=1e-2)
+    assert not torch.allclose(uncapped(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-2)
 
 
 def test_the_critic_reads_the_state_before_each_token():
     lm = tiny_critic()
-    hidden = lm.base_model(IDS).last_hidden_state  # (2, 5, D)
-    values = lm.score(hidden).squeeze(-1)  # (2, 5)
+    hidden = [lm.base_model(ids[None]).last_hidden_state[0] for ids in IDS[0].split(LENGTHS)]
+    values = lm.score(torch.cat(hidden))[None, :, 0]  # (1, 9)
     wanted = values[:, :-1][RESPONSE[:, 1:]]
-    assert torch.allclose(Critic(lm)(IDS, RESPONSE), wanted)
-    assert not torch.allclose(Critic(lm)(IDS, RESPONSE), values[RESPONSE])  # negative control
+    assert torch.allclose(Critic(lm)(IDS, RESPONSE, LENGTHS), wanted)
+    assert not torch.allclose(
+        Critic(lm)(IDS, RESPONSE, LENGTHS), values[RESPONSE]
+    )  # negative control
+
+
+def test_float32_logits_of_bfloat16_operands_and_their_derivative():
+    """Against float64; bfloat16 logits, the negative control, are a hundred times as far off."""
+    torch.manual_seed(0)
+    hidden = torch.randn(6, 64).bfloat16().requires_grad_()
+    head = torch.nn.Linear(64, 50, bias=True).bfloat16()
+    exact = hidden.detach().double() @ head.weight.detach().double().T + head.bias.detach().double()
+    logits = model.wide_logits(head, hidden)
+    assert logits.dtype == torch.float32
+    error = (logits - exact).abs().max()
+    assert error < 1e-5 and (head(hidden).double() - exact).abs().max() > 100 * error
+
+    logits.logsumexp(-1).sum().backward()
+    share = exact.softmax(-1)  # the derivative of logsumexp
+    wanted_hidden = share @ head.weight.detach().double()
+    wanted_weight = share.T @ hidden.detach().double()
+    for got, wanted in ((hidden.grad, wanted_hidden), (head.weight.grad, wanted_weight)):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - wanted).norm() < 5e-3 * wanted.norm()  # bfloat16 has 3 digits
+
+
+def test_logits_of_other_models_are_computed_by_their_own_layer():
+    head = torch.nn.Linear(8, 5).double()
+    hidden = torch.randn(3, 8).double()
+    assert torch.equal(model.wide_logits(head, hidden), head(hidden))
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def test_logits_of_a_large_vocabulary_never_exist_all_at_once():
+    """With 152k words and 16k tokens, all logits would take 10 GB.
+
+    What an operation returns is at most a chunk's logits (0.6 GB for the default of 1024 tokens),
+    and what waits for the backward pass is a few numbers per token.
+    """
+    vocabulary, tokens, width = 152_000, 1_000, 4
+    policy = Policy(tiny_lm().float(), 1.0, chunk=64)
+    policy.lm.lm_head = torch.nn.Linear(width, vocabulary, bias=False)
+    states = torch.randn(tokens, width, requires_grad=True)
+    policy.states_before = lambda ids, response, lengths: states
+    ids = torch.randint(0, vocabulary, (1, tokens))
+    kept = []  # sizes of what waits for the backward pass
+
+    def note(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), Sizes() as sizes:
+        logp, _ = policy(ids, torch.ones_like(ids).bool(), [tokens])
+    assert logp.shape == (tokens,)
+    assert sizes.largest <= max(64, width) * vocabulary
+    assert sum(kept) <= 20 * tokens
 
 
 # ------------------------------------------- sharded over two ranks, given away, saved and read

@@ -307,7 +307,7 @@ def print_a_plan(problems, held_out):
         flags_of_a_run(),
         "runs/x",
         parameters=500_000_000,
-        trained_parameters=1_000_000_000,
+        memory=["8 GB of memory"],
         tokenizer=SimpleNamespace(decode=lambda ids: "\n".join(str(i) for i in ids)),
         problems=problems,
         left_out="3 left out",
@@ -322,8 +322,8 @@ def test_the_plan_of_a_run(capsys, monkeypatch):
     print_a_plan([{"prompt_ids": [1, 2], "demo_ids": [3]}], [{}])
     assert capsys.readouterr().out == (
         "\n"
-        "hpt on models/base: 500.0 M parameters, 2 ranks; "
-        "weights, gradients and Adam's moments 8.00 GB per rank\n"
+        "hpt on models/base: 500.0 M parameters, 2 ranks\n"
+        "8 GB of memory\n"
         "1 problems from train.jsonl (3 left out); 1 held out (none left out)\n"
         "60 steps of 32 prompts x 8 rollouts, 2 optimizer steps each; "
         "micro-batches of 2048 tokens per rank\n"

@@ -31,6 +31,7 @@ class StandInEngine:
     """
 
     has_head = True
+    has_nan = False
 
     def __init__(self, model, **settings):
         self.model, self.settings, self.calls = model, settings, []
@@ -48,12 +49,21 @@ class StandInEngine:
     def step(self):
         request_id = self.waiting.pop()
         prompt, sampling = self.requests[request_id]
-        outputs = [completion(prompt[0], sampling.max_tokens) for _ in range(sampling.n)]
+        logp = None if sampling.logprobs is None else -0.5
+        outputs = [completion(prompt[0], sampling.max_tokens, logp) for _ in range(sampling.n)]
         busy = [SimpleNamespace(request_id=other, finished=False) for other in self.waiting]
         return [*busy, SimpleNamespace(request_id=request_id, finished=True, outputs=outputs)]
 
     def apply_model(self, function):
-        return [function(SimpleNamespace(lm_head=0) if self.has_head else SimpleNamespace())]
+        model = torch.nn.Linear(2, 2)
+        if self.has_nan:
+            model.weight.data[1, 1] = torch.nan
+        if self.has_head:
+            model.lm_head = 0
+        return [function(model)]
+
+    def get_tokenizer(self):
+        return StandInTokenizer()
 
     def wake_up(self, tags):
         self.calls += [f"wake {tag}" for tag in tags]
@@ -67,15 +77,23 @@ class StandInEngine:
         self.calls.append("reset")
 
     def sleep(self, level):
-        self.calls.append("sleep")
+        self.calls.append(f"sleep {level}")
+
+
+class StandInTokenizer:
+    """Every token is a digit; 7 is special."""
+
+    def batch_decode(self, batch, skip_special_tokens, clean_up_tokenization_spaces):
+        assert skip_special_tokens and not clean_up_tokenization_spaces
+        return ["".join(str(token) for token in ids if token != 7) for ids in batch]
 
 
 def completion(wanted, maximum, logp=-0.5):
     """A completion of `wanted` tokens, which is cut at the maximum."""
-    ids = [7] * min(wanted, maximum)
-    logprobs = [{7: SimpleNamespace(logprob=logp)}] * len(ids)
+    ids = [8] * min(wanted - 1, maximum) + [7] * (wanted <= maximum)
+    logprobs = None if logp is None else SimpleNamespace(logprobs=[logp] * len(ids))
     reason = "stop" if wanted <= maximum else "length"
-    return SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason, text="777")
+    return SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason)
 
 
 @pytest.fixture
@@ -157,16 +175,34 @@ def test_a_response_is_truncated_if_it_does_not_fit(engine, wanted, tokens, trun
     assert (len(response.ids), response.truncated) == (tokens, truncated)
 
 
-def test_every_token_has_the_log_probability_of_that_token():
-    other = SimpleNamespace(logprob=-9.0)
-    logprobs = [{5: SimpleNamespace(logprob=-1.0), 6: other}, {6: SimpleNamespace(logprob=-2.0)}]
-    output = SimpleNamespace(token_ids=(5, 6), logprobs=logprobs, finish_reason="stop", text="ab")
-    assert rollout.to_rollout(output) == rollout.Rollout([5, 6], [-1.0, -2.0], False, "ab")
+def test_a_response_has_its_tokens_their_log_probabilities_and_its_text(engine):
+    ((response,),) = a_sampler().generate([[3]], [11], n=1)
+    assert response == rollout.Rollout([8, 8, 7], [-0.5] * 3, False, "88")
+
+
+def test_an_evaluation_asks_for_no_log_probabilities(engine):
+    sampler = a_sampler()
+    [(_, [response])] = sampler.stream([[3]], [11], n=1)
+    ((_, sampling),) = sampler.llm.requests.values()
+    assert sampling.logprobs is None and response.logp is None
+
+
+def test_the_engine_decodes_no_text(engine):
+    sampler = a_sampler()
+    sampler.generate([[3]], [11], n=1)
+    ((_, sampling),) = sampler.llm.requests.values()
+    assert not sampling.detokenize and sampling.flat_logprobs
 
 
 def test_probabilities_that_are_not_numbers_end_in_a_sentence():
     with pytest.raises(SystemExit, match=r"^error: the model's probabilities are not numbers"):
-        rollout.to_rollout(completion(3, 12, logp=math.nan))
+        rollout.to_rollout(completion(3, 12, logp=math.nan), "88")
+
+
+def test_an_engine_with_weights_that_are_not_numbers_is_refused(engine):
+    engine.has_nan = True
+    with pytest.raises(SystemExit, match=r"^error: --model some/model: its weights .* in weight"):
+        a_sampler()
 
 
 # -------------------------------------------------------------------------- what an engine is given
@@ -189,9 +225,16 @@ def test_an_engine_has_the_settings_of_the_sampler(engine, setting, value):
 
 def test_the_overrides_of_the_config_reach_the_engine(engine):
     def override(config):
+        config.rope_theta = 5
         return config
 
-    assert a_sampler(config_overrides=override).llm.settings["hf_overrides"] is override
+    overrides = a_sampler(config_overrides=override).llm.settings["hf_overrides"]
+    assert vars(overrides(SimpleNamespace())) == {"rope_theta": 5}
+
+
+def test_on_a_gpu_logits_are_float32(on_a_gpu):
+    config = on_a_gpu.llm.settings["hf_overrides"](SimpleNamespace())
+    assert config.head_dtype == "float32"
 
 
 def test_on_a_cpu_it_computes_in_float32_and_never_sleeps(engine, monkeypatch):
@@ -214,7 +257,7 @@ def test_on_a_gpu_it_computes_in_bfloat16_and_can_sleep(on_a_gpu):
     on_a_gpu.sleep()
     settings = on_a_gpu.llm.settings
     assert (settings["dtype"], settings["enable_sleep_mode"]) == ("bfloat16", True)
-    assert on_a_gpu.llm.calls == ["sleep"]
+    assert on_a_gpu.llm.calls == ["sleep 2"]  # level 2 copies no weights to the host
 
 
 def test_the_share_of_the_gpu_is_the_one_that_was_set(engine):

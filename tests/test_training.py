@@ -270,15 +270,16 @@ def test_a_wrong_demonstration_teaches_nothing_offline():
 def test_a_micro_batch_packs_its_response_tokens_in_order():
     sequences = build_sequences([one_prompt(1, 0)], METHODS["grpo"], 1.0, 8)["grpo"]
     m = collate("grpo", sequences, "cpu")
-    assert m.ids.tolist() == [[1, 2, 3, 5, 5, 0], [1, 2, 3, 5, 5, 5]]
-    assert m.response_mask.int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
-    assert m.seq.tolist() == [[0, 0, 1, 1, 1]] and m.lengths == [2, 3] and m.tokens == 11
+    assert m.ids.tolist() == [[1, 2, 3, 5, 5, 1, 2, 3, 5, 5, 5]]
+    assert m.response_mask.int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]]
+    assert m.seq.tolist() == [[0, 0, 1, 1, 1]]
+    assert (m.lengths, m.response_lengths) == ([5, 6], [2, 3])
     assert m.sampler_logp.shape == m.advantage.shape == m.weight.shape == (1, 5)
 
 
 def test_a_filler_weighs_nothing():
     m = collate("sft", [], "cpu")
-    assert m.is_filler and m.weight.tolist() == [[0.0]] and m.tokens == 0
+    assert m.is_filler and m.weight.tolist() == [[0.0]]
 
 
 def test_the_part_of_one_prompt_is_what_that_prompt_alone_would_be():
@@ -286,6 +287,7 @@ def test_the_part_of_one_prompt_is_what_that_prompt_alone_would_be():
     part, alone = collate("grpo", steps, "cpu").only(1), collate("grpo", steps[1:], "cpu")
     assert part.ids.equal(alone.ids) and part.response_mask.equal(alone.response_mask)
     assert part.seq.equal(alone.seq) and part.lengths == alone.lengths
+    assert part.response_lengths == alone.response_lengths
     assert part.weight.equal(alone.weight) and part.sampler_logp.equal(alone.sampler_logp)
     assert collate("grpo", steps, "cpu").only(7).is_filler
 
@@ -301,14 +303,25 @@ def planned_lengths(lengths, ranks, budget):
     return [[[len(s.response_ids) + 1 for s in batch] for batch in rank] for rank in plan]
 
 
-def test_micro_batches_are_as_large_as_the_budget_allows():
-    assert planned_lengths([10] * 7, 1, 30) == [[[10] * 3, [10] * 3, [10]]]
+def test_there_are_as_few_micro_batches_as_the_budget_allows_and_they_are_alike():
+    assert planned_lengths([10] * 7, 1, 30) == [[[10] * 3, [10] * 2, [10] * 2]]
     assert planned_lengths([10] * 7, 1, 29) == [[[10] * 2, [10] * 2, [10] * 2, [10]]]
+    assert planned_lengths([3, 10, 3], 1, 16) == [[[10, 3, 3]]]
 
 
-def test_the_budget_is_for_padded_tokens():
-    """Three tokens beside ten take ten."""
-    assert planned_lengths([3, 10, 3], 1, 20) == [[[10, 3], [3]]]
+def test_micro_batches_that_run_at_the_same_time_have_similar_loads():
+    """FSDP's ranks wait for each other at every micro-batch."""
+    lengths = [round(60 * 1.07**i) for i in range(64)]  # 60 to 4,200
+    ranks = planned_lengths(lengths, 8, 8192)
+    for at_the_same_time in zip(*ranks, strict=True):
+        loads = list(map(sum, at_the_same_time))
+        assert max(loads) <= 1.05 * sum(loads) / 8, loads
+    by_count = [sum(lengths[rank::8]) for rank in range(8)]
+    assert max(by_count) > 1.05 * sum(lengths) / 8  # negative control
+
+
+def test_without_sequences_there_is_nothing_to_plan():
+    assert planned_lengths([], 3, 10) == [[], [], []]
 
 
 def test_a_sequence_longer_than_the_budget_is_alone():
@@ -318,7 +331,8 @@ def test_a_sequence_longer_than_the_budget_is_alone():
 def test_ranks_have_equally_many_micro_batches():
     """The longest sequence weighs as much as the other three, which fit into one micro-batch."""
     assert planned_lengths([9, 3, 3, 3], 2, 9) == [[[9]], [[3, 3, 3]]]
-    assert planned_lengths([9, 3, 3, 3], 2, 5) == [[[9], [], []], [[3], [3], [3]]]
+    assert planned_lengths([9, 3, 3, 3], 2, 5) == [[[9], [3]], [[3], [3]]]
+    assert planned_lengths([9, 3, 3], 2, 5) == [[[9], [3]], [[3], []]]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
@@ -368,7 +382,7 @@ def totals(tmp_path_factory):
 
 
 def test_counts_are_summed_over_ranks(totals):
-    assert totals[0]["tokens"] == 3.0 and totals[0]["old_tokens"] == 4.0
+    assert totals[0]["tokens"] == 3.0 and totals[0]["mismatch_tokens"] == 4.0
 
 
 def test_maxima_and_what_all_ranks_share_are_not_summed(totals):
@@ -771,12 +785,14 @@ def test_samples_say_what_the_gate_chose(runs):
 
 
 def test_the_metrics_count_every_trained_token_once(runs):
-    """LUFFY trains on all: two rollouts and the demonstration of four prompts."""
+    """LUFFY trains on groups of two rollouts and the demonstration whose rewards differ."""
     for step in (1, 2):
         problems = draw(made_up_problems(), step, 4, seed=3)
         tokens, loaded = 0, runs["luffy"]["metrics"][step]
         for i, problem in enumerate(problems):
             group = responses_of(distributed.derive_seed(3, step, i), 2)
+            if len({problem["demonstration"], *(r.text for r in group)}) == 1:
+                continue  # no signal: A = 0
             responses = [r.ids for r in group] + [problem["demo_ids"]]
             tokens += sum(len(problem["prompt_ids"]) + len(ids) for ids in responses)
         got = loaded["perf/train_tokens_per_sec"] * loaded["time/train"]
@@ -787,7 +803,10 @@ def test_the_mismatch_of_the_first_step_is_that_of_a_plain_model(runs):
     """The sampler says -3 of every token."""
     gaps = []
     for i, problem in enumerate(draw(made_up_problems(), 1, 4, seed=3)):
-        for r in responses_of(distributed.derive_seed(3, 1, i), 2):
+        group = responses_of(distributed.derive_seed(3, 1, i), 2)
+        if len({problem["demonstration"], *(r.text for r in group)}) == 1:
+            continue  # no signal: A = 0
+        for r in group:
             logp = log_probabilities(tiny_lm(), problem["prompt_ids"], r.ids, 0.7)
             gaps.append(logp.detach() + 3.0)
     gaps = torch.cat(gaps)
