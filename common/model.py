@@ -46,10 +46,12 @@ class Network(torch.nn.Module):
         """Clip the gradient, take an optimizer step, clear the gradient. Returns its norm.
 
         Without any backward pass the gradient is 0; AdamW then takes the step that its averages of
-        earlier gradients give. If the norm is not finite, the optimizer step is skipped; the gradient is cleared anyway.
+        earlier gradients give. If the norm is not finite, the optimizer step is skipped; the
+        gradient is cleared anyway.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.reshard()  # a pass without a backward pass leaves the root's weights gathered
         for parameter in self.parameters():
             if parameter.grad is None:  # no sequence of the mini-batch has a signal
                 parameter.grad = torch.zeros_like(parameter)

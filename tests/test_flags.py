@@ -71,7 +71,7 @@ TRAINING_NUMBERS = {
     flags.SEED: ["--seed"],
     flags.POSITIVE: ["--rope-theta", "--temperature", "--tis-cap", "--lr", "--critic-lr"],
     flags.POSITIVE_OR_INF: ["--clip-eps", "--max-grad-norm", "--value-clip"],
-    flags.POSITIVE_OR_0: ["--sft-coef", "--entropy-coef", "--weight-decay"],
+    flags.POSITIVE_OR_0: ["--plan", "--sft-coef", "--entropy-coef", "--weight-decay"],
     flags.SHARE: ["--gamma", "--gae-gamma", "--gae-lambda"],
     flags.SHARE_ABOVE_0: ["--gpu-memory-utilization"],
 }

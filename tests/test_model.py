@@ -206,6 +206,10 @@ def build_and_save(rank, port, folder):
         policy = model.build_policy(flags_of(folder / name), config, cpu)
         facts[name] = facts_of(policy) | {"temperature": policy.temperature}
         policy.save(folder / f"{name}-saved", make.tokenizer())
+    with torch.no_grad():  # as the old-policy pass of a later mini-batch
+        policy(IDS, RESPONSE, LENGTHS)
+    facts["norm without gradient"] = policy.step(0.1, 1.0)
+    facts["after a step without gradient"] = dict(policy.weights())
     critic = model.build_critic(flags_of(folder / "tied"), config, cpu)
     facts["critic"] = facts_of(critic)
     with torch.no_grad():
@@ -313,6 +317,13 @@ def test_a_new_critic_is_the_base_model_and_values_all_states_at_0(saved):
 def test_a_saved_critic_is_restored_with_its_head(saved):
     given = saved[1]["restored critic"]["weights"]
     assert (given["score.weight"] == 0.5).all() and (given["score.bias"] == 0.25).all()
+
+
+def test_a_step_without_gradient_on_two_ranks_only_decays_the_weights(saved):
+    facts = saved[1]
+    assert facts["norm without gradient"] == 0
+    before, after = facts["untied"]["weights"], facts["after a step without gradient"]
+    assert all(torch.allclose(after[key], before[key] * (1 - 0.1 * 0.3)) for key in before)
 
 
 # --------------------------------------------------------------------- critics that cannot be made

@@ -347,7 +347,7 @@ def test_the_plan_says_what_one_rollout_per_prompt_means(capsys, method, n, is_s
 def test_the_plan_without_held_out_problems_and_demonstrations(capsys):
     print_a_plan([{"prompt_ids": [1, 2]}], [])
     printed = capsys.readouterr().out
-    assert "500.0 M parameters, 1 rank;" in printed
+    assert "500.0 M parameters, 1 rank\n" in printed
     assert "(3 left out); 0 held out\n" in printed
     assert printed.endswith("as the model sees it:\n'1\\n2'\n\n")
 

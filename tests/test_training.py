@@ -23,6 +23,7 @@ from train_hpt import (
     Prompt,
     Sequence,
     apply_gate,
+    build_micro_batches,
     build_sequences,
     collate,
     draw,
@@ -344,6 +345,148 @@ def test_loads_of_ranks_differ_by_at_most_the_longest_sequence(ranks):
     assert max(by_count) - min(by_count) > max(lengths)  # negative control
 
 
+def heavy_tailed_lengths(mean, longest, count=256):
+    """Lengths of a log-normal distribution, most well below its mean."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randn(count, generator=g).exp()
+    lengths = lengths * mean / lengths.mean()
+    return [min(longest, max(2, int(n))) for n in lengths]
+
+
+@pytest.mark.parametrize("ranks, mean, longest", [(8, 1500, 9216), (2, 300, 4096), (1, 60, 400)])
+def test_what_ranks_wait_and_fillers_cost_is_at_most_5_percent(ranks, mean, longest):
+    """Nothing is padded; a rank loses what it waits for the slowest at each micro-batch."""
+    lengths = heavy_tailed_lengths(mean, longest)
+    plan = planned_lengths(lengths, ranks, 32768)
+    slowest = sum(max(map(sum, together)) for together in zip(*plan, strict=True))
+    computed = ranks * slowest
+    assert sum(map(len, plan)) * 2 < 0.05 * computed  # even if all were fillers of 2 tokens
+    assert 1 - sum(lengths) / computed <= 0.05
+    rows = sorted(lengths, reverse=True)  # negative control: padded to the longest of a micro-batch
+    padded = sum(max(rows[i : i + 8]) * len(rows[i : i + 8]) for i in range(0, len(rows), 8))
+    assert 1 - sum(lengths) / padded > 0.03
+    in_order = sum(max(lengths[i : i + 8]) * 8 for i in range(0, len(lengths), 8))
+    assert 1 - sum(lengths) / in_order > 0.2
+
+
+# ------------------------------------------------------------------------- what is not computed
+
+
+class CountingPolicy:
+    """Stands in for the policy: it counts the response tokens that it is given."""
+
+    can_pack = True
+
+    def __init__(self):
+        self.tokens = 0
+        self.parameter = torch.zeros(1, requires_grad=True)
+
+    def __call__(self, ids, response_mask, lengths, with_entropy=False):
+        count = int(response_mask.sum())
+        self.tokens += count
+        logp = self.parameter.expand(count) - 1.0
+        return logp, (logp.detach() if with_entropy else None)
+
+
+def tokens_computed(prompts, method, minibatches=2, **changes):
+    """(in the old-policy pass, in the updates): response tokens that go through the policy."""
+    defaults = {
+        "clip_eps": None,
+        "entropy_coef": 0.0,
+        "pi_old": "trainer",
+        "tis_cap": 2.0,
+        "sft_coef": 0.05,
+        "max_response_tokens": 8,
+        "tokens_per_microbatch": 100,
+    }
+    args, counts = SimpleNamespace(**defaults | changes), Counts()
+    built = []
+    for i in range(minibatches):
+        chunk = prompts[i::minibatches]
+        built.append(build_micro_batches(chunk, METHODS[method], args, torch.device("cpu"), counts))
+    policy = CountingPolicy()
+    train_hpt.old_policy_pass(policy, built[1:], args, counts)
+    before = policy.tokens
+    for micro_batches in built:
+        train_hpt.accumulate_gradient(policy, micro_batches, args, counts)
+    return before, policy.tokens - before
+
+
+SIGNAL, NO_SIGNAL = one_prompt(1, 0), one_prompt(1, 0, (1.0, 1.0))  # rollouts of 2 and 3 tokens
+
+
+def test_a_group_whose_rewards_are_equal_is_not_computed():
+    assert tokens_computed([SIGNAL, NO_SIGNAL], "grpo", 1) == (0, 5)
+    assert tokens_computed([NO_SIGNAL, NO_SIGNAL], "grpo", 1) == (0, 0)
+    fractions = one_prompt(1, 0, (0.1, 0.1, 0.1))  # whose mean is not 0.1 in floating point
+    assert tokens_computed([fractions], "grpo", 1) == (0, 0)
+
+
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo", "dapo", "cispo", "gspo", "hpt"])
+def test_no_method_that_compares_computes_groups_without_signal(method):
+    assert tokens_computed([SIGNAL, NO_SIGNAL], method, 1)[1] == 5
+
+
+@pytest.mark.parametrize("method", ["reinforce", "sft", "srft"])
+def test_what_has_a_signal_is_computed(method):
+    """The sign of a reward and a demonstration have a signal in every group."""
+    prompt = one_prompt(1, 1, (1.0, 1.0))
+    wanted = {"reinforce": 5, "sft": 4, "srft": 5 + 4}  # srft: its luffy_demo has none here
+    assert tokens_computed([prompt], method, 1)[1] == wanted[method]
+
+
+def test_an_entropy_bonus_needs_all_rollouts():
+    assert tokens_computed([SIGNAL, NO_SIGNAL], "grpo", 1, entropy_coef=0.01)[1] == 10
+
+
+def test_a_critic_needs_all_rollouts():
+    by_row = build_sequences([NO_SIGNAL], METHODS["ppo"], 0.05, 8)
+    failed = [s._replace(advantage=0.0) for s in by_row["ppo"]]  # the reward, not yet the advantage
+    assert all(train_hpt.has_signal(s, "ppo", 0.0) for s in failed)
+
+
+def test_denominators_count_what_is_not_computed():
+    """DAPO divides by all tokens of the mini-batch, also those of the second prompt."""
+    args = SimpleNamespace(
+        sft_coef=0.05, max_response_tokens=8, tokens_per_microbatch=100, entropy_coef=0.0
+    )
+    cpu, counts = torch.device("cpu"), Counts()
+    chunk = [SIGNAL, NO_SIGNAL]
+    [m] = build_micro_batches(chunk, METHODS["dapo"], args, cpu, counts)
+    assert m.weight.unique().tolist() == pytest.approx([1 / 10])
+    [m] = build_micro_batches(chunk, METHODS["grpo"], args, cpu, counts)
+    # N = 2 prompts, G = 2 rollouts, |y| = 2 or 3 tokens
+    assert m.weight.unique().tolist() == pytest.approx([1 / 12, 1 / 8])
+    assert (counts.sequences, counts.computed_sequences) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    "method, changes, wanted",
+    [
+        ("grpo", {}, 5),  # the second mini-batch only
+        ("grpo", {"pi_old": "tis"}, 5),
+        ("grpo", {"pi_old": "sampler"}, 0),
+        ("reinforce", {}, 0),  # no component compares with pi_old
+        ("reinforce", {"pi_old": "tis"}, 5),
+        ("luffy", {}, 5),
+    ],
+)
+def test_the_old_policy_pass_is_made_only_where_it_is_needed(method, changes, wanted):
+    prompts = [one_prompt(1, 1), one_prompt(1, 1)]
+    assert tokens_computed(prompts, method, 2, **changes)[0] == wanted
+    assert tokens_computed(prompts, method, 1, **changes)[0] == 0
+
+
+def test_the_first_mini_batch_has_the_policy_of_its_own_pass_as_pi_old():
+    """With --pi-old tis, its importance weights come from there, too."""
+    args = SimpleNamespace(pi_old="tis", tis_cap=1.5)
+    m = collate("grpo", build_sequences([SIGNAL], METHODS["grpo"], 1.0, 8)["grpo"], "cpu")
+    advantage, logp = m.advantage, torch.full((1, 5), -0.8)  # the sampler says -1
+    train_hpt.set_old_policy(m, logp, args, Counts())
+    assert torch.equal(m.old_logp, logp)
+    assert torch.allclose(m.advantage, advantage * math.exp(0.2))
+
+
 # ------------------------------------------------------------------------------- ranks and counts
 
 
@@ -505,6 +648,7 @@ FLAGS = """
 """
 METHOD_FLAGS = {
     "luffy": [],
+    "hpt": ["--gamma", "1", "--sft-coef", "0"],  # all prompts are gated, and weigh nothing
     "hpt_mix": ["--probe-gradients", "2"],
     "ppo": ["--critic-lr", "3e-2"],
 }
@@ -816,7 +960,18 @@ def test_the_mismatch_of_the_first_step_is_that_of_a_plain_model(runs):
     assert first["mismatch/kl"] == pytest.approx(kl, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", METHOD_FLAGS)
+def test_a_step_with_nothing_to_train_on_is_legal_and_says_so(runs):
+    """AdamW has seen no gradient yet, so that only its weight decay moves the weights."""
+    decay = (1 - 1e-2 / 3 * 0.1) * (1 - 1e-2 * 2 / 3 * 0.1)
+    before, after = runs["hpt"]["loaded"][:2]
+    assert all(torch.allclose(after[name], decay * before[name]) for name in before)
+    for line in runs["hpt"]["metrics"][1:]:
+        assert line["optim/grad_norm"] == 0 and line["optim/skipped"] == 0
+        assert line["hpt/sft_frac"] == 1 and "mismatch/kl" not in line and "sft/nll" not in line
+        assert line["perf/train_tokens_per_sec"] == 0 and "perf/padding_frac" not in line
+
+
+@pytest.mark.parametrize("method", ["luffy", "hpt_mix", "ppo"])
 def test_every_update_on_rollouts_is_measured(runs, method):
     for line in runs[method]["metrics"][1:]:
         # The second mini-batch is trained with weights that the first has moved away from pi_old.
