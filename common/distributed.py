@@ -11,9 +11,12 @@ import io
 import math
 import os
 import random
+import signal
 import socket
 import sys
 import time
+
+from common import interrupt
 
 
 def derive_seed(*key) -> int:
@@ -34,6 +37,7 @@ def init_process_group():
     import torch
     import torch.distributed as dist
 
+    interrupt.end_with_launcher()
     gpu = torch.cuda.is_available()
     if "RANK" not in os.environ:
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
@@ -137,6 +141,7 @@ def one_failure_message(quiet: bool = False):
     except KeyboardInterrupt:
         raise SystemExit("interrupted" if my_rank == 0 else 130) from None
     except SystemExit as stop:
-        if my_rank and stop.code:
+        told_to_stop = stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        if my_rank and stop.code and not told_to_stop:
             time.sleep(10)
         raise
