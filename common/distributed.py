@@ -36,6 +36,7 @@ def init_process_group():
     """Join torchrun's process group, or make one of a single process; return the device."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     interrupt.end_with_launcher()
     gpu = torch.cuda.is_available()
@@ -49,7 +50,12 @@ def init_process_group():
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    # All attempts of `torchrun --max-restarts` may share a store. Under a prefix of its own, an
+    # attempt does not find the addresses of dead ranks there.
+    store, rank, ranks = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backends = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backends, store=store, rank=rank, world_size=ranks)
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
