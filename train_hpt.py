@@ -723,6 +723,7 @@ def open_run(args, inputs: Inputs, policy, critic) -> tuple[Path, int]:
     out = report.open_run(args)
     networks = [policy, critic] if critic else [policy]
     step_done = checkpoint.resume(out, networks, inputs, args.steps) if args.resume else 0
+    seed_dropout(args.seed, step_done)
     interrupt.listen()
     return out, step_done
 
@@ -744,6 +745,15 @@ def end_step(out: Path, step: int, counts, args, policy, critic, inputs: Inputs)
         save_checkpoint(out, step, args, policy, critic, inputs)
     if signal and step < args.steps:
         interrupt.stop(signal, checkpoint.directory_of(out, step, args.steps), out)
+    seed_dropout(args.seed, step)
+
+
+def seed_dropout(seed: int, step_done: int) -> None:
+    """Let the next step draw the same random numbers whether or not the run was resumed.
+
+    Nothing but a model's dropout uses torch's own generator.
+    """
+    torch.manual_seed(distributed.derive_seed(seed, "dropout", step_done))
 
 
 def save_checkpoint(out: Path, step: int, args, policy, critic, inputs: Inputs) -> None:

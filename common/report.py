@@ -356,7 +356,8 @@ def open_run(args) -> Path:
         if (out / "config.json").exists():
             before = json.loads((out / "config.json").read_text())
             earlier = before.pop("earlier", [])
-            config["earlier"] = earlier if before == config else [*earlier, before]
+            earlier += [before] if before != json.loads(json.dumps(config)) else []
+            config |= {"earlier": earlier} if earlier else {}
         write_json(out / "config.json", config)
     message = [out]
     dist.broadcast_object_list(message)
