@@ -502,19 +502,18 @@ def update(policy, critic, micro_batches, updates_before: int, args, counts) -> 
     counts.lr = warmed_up(args.lr, updates_before, args.warmup_steps)
     accumulate_gradient(policy, micro_batches, args, counts)
     counts.grad_norms.append(policy.step(counts.lr, args.max_grad_norm))
-    if policy.skipped_in_a_row:
-        accumulate = functools.partial(accumulate_gradient, args=args, counts=metrics.Counts())
-        counts.skipped += bad_sequences(policy, micro_batches, updates_before, accumulate)
+    if not math.isfinite(counts.grad_norms[-1]):
+        again = functools.partial(accumulate_gradient, args=args, counts=metrics.Counts())
+        counts.skipped += bad_sequences(policy, micro_batches, updates_before, again)
     if critic:
         critic_lr = warmed_up(args.critic_lr, updates_before, args.warmup_steps)
         accumulate_critic_gradient(critic, micro_batches, args.value_clip, counts)
         counts.critic_norms.append(critic.step(critic_lr, args.max_grad_norm))
-        if critic.skipped_in_a_row:
-            accumulate = functools.partial(
+        if not math.isfinite(counts.critic_norms[-1]):
+            again = functools.partial(
                 accumulate_critic_gradient, value_clip=args.value_clip, counts=metrics.Counts()
             )
-            rollouts = [m for m in micro_batches if m.is_rollouts]
-            counts.skipped += bad_sequences(critic, rollouts, updates_before, accumulate)
+            counts.skipped += bad_sequences(critic, micro_batches, updates_before, again)
 
 
 def bad_sequences(network, micro_batches, updates_before: int, accumulate) -> list[dict]:

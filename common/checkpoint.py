@@ -59,44 +59,27 @@ def save(directory: Path, step: int, networks: list, inputs, keep: int) -> None:
         SystemExit: something cannot be written, on any rank. The partial checkpoint is removed.
     """
     partial = directory.with_name(directory.name + PARTIAL)
-
-    def make() -> None:
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "trainer").mkdir(parents=True)
-
-    def write_facts() -> None:
-        if rank() == 0:
-            facts = {
-                "step": step,
-                "ranks": world_size(),
-                "data": digest_of_problems(inputs.problems),
-            }
-            facts["counters"] = {network.name: network.counters() for network in networks}
-            report.write_json(partial / FACTS, facts | {"files": digests})
-
-    def give_name() -> None:
-        if rank() == 0:
-            flush(partial, directory.parent)
-            rename(partial, directory)
-            prune(directory.parent, keep)
-
-    together(make, partial)
-    together(lambda: write_state(partial / "trainer", networks), partial)
+    attempt = functools.partial(together, partial)
+    attempt(begin, partial)
+    attempt(write_state, partial / "trainer", networks)
     for network in networks:
         folder = partial if network is networks[0] else partial / network.name
-        write = functools.partial(network.save, folder, inputs.tokenizer, inputs.end_token_ids)
-        together(write, partial)
-    digests = digests_of(partial)
-    together(write_facts, partial)
-    together(give_name, partial)
+        attempt(network.save, folder, inputs.tokenizer, inputs.end_token_ids)
+    facts = {
+        "step": step,
+        "ranks": world_size(),
+        "data": digest_of_problems(inputs.problems),
+        "counters": {network.name: network.counters() for network in networks},
+        "files": digests_of(partial),
+    }
+    attempt(finish, partial, directory, facts, keep)
 
 
-def together(work, partial: Path) -> None:
+def together(partial: Path, work, *values) -> None:
     """Call `work` on every rank; if it fails on one, remove `partial` and end all of them."""
     failure = None
     try:
-        work()
+        work(*values)
     except WRITE_ERRORS as error:
         failure = reason(error)
     failures = [None] * world_size()
@@ -109,6 +92,22 @@ def together(work, partial: Path) -> None:
             f"error: the checkpoint {partial.with_suffix('')} cannot be written: {failure}; the "
             "one before it is untouched: free some space, and go on with --resume"
         )
+
+
+def begin(partial: Path) -> None:
+    """Make an empty directory, on rank 0."""
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "trainer").mkdir(parents=True)
+
+
+def finish(partial: Path, directory: Path, facts: dict, keep: int) -> None:
+    """Write checkpoint.json, give the directory its name, and remove old ones, on rank 0."""
+    if rank() == 0:
+        report.write_json(partial / FACTS, facts)
+        flush(partial, directory.parent)
+        rename(partial, directory)
+        prune(directory.parent, keep)
 
 
 def reason(error: BaseException) -> str:

@@ -367,7 +367,7 @@ def add_optimisation_flags(parser: Parser) -> None:
         "--max-skipped",
         COUNT_OR_0,
         20,
-        "the run ends if more optimizer steps in a row have a gradient that is not finite",
+        "more skipped optimizer steps in a row end the run",
     )
     group.add_argument(
         "--gradient-checkpointing",

@@ -73,13 +73,14 @@ class Network(torch.nn.Module):
         Each rank looks at its own shards, so every rank must call this.
         """
         names, finite = [], []
-        for name, parameter in self.lm.named_parameters():
+        for name, parameter in self.named_parameters():
             for tensor in [parameter.detach(), *self.optimizer.state.get(parameter, {}).values()]:
                 shard = tensor.to_local() if hasattr(tensor, "to_local") else tensor
                 names.append(name)
                 finite.append(shard.isfinite().all().to(parameter.device))
         flags = torch.stack(finite).int()
-        dist.all_reduce(flags, dist.ReduceOp.MIN)
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MIN)
         return None if flags.all() else names[int(flags.argmin())]
 
     def check_finite(self, where: str) -> None:

@@ -577,7 +577,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_sampled_from(
     out = tmp_path / "run"
     status, output = run(out, fault=(spoil_weights, update, value))
     name, number = ("policy", (update + 1) // 2) if update % 2 else ("critic", update // 2)
-    assert status == 1 and f"error: optimizer step {number} of the {name} made model." in output
+    assert status == 1 and f"error: optimizer step {number} of the {name} made lm." in output
     assert "AssertionError" not in output  # of the sampler
     assert names(out)[-3:] == ["samples.jsonl", "step_000002", "step_000003"]
     assert [row["step"] for row in lines(out)] == [0, 1, 2, 3]
