@@ -12,6 +12,7 @@ so a directory without ".partial" is whole, unless the disk damages it, which th
 `resume` takes the newest whole one, and cuts the run's .jsonl files back to its step.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -121,6 +122,8 @@ def reason(error: BaseException) -> str:
 
 def write_state(folder: Path, networks: list) -> None:
     """Write the weights and the optimizers' state; each rank writes its own shards."""
+    if not folder.is_dir():  # rank 0 has made it
+        raise OSError(errno.ENOENT, "--out must be in a file system that all machines share")
     state = {}
     for network in networks:
         state |= state_of(network)

@@ -532,6 +532,11 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
         assert_same_run(out, straight)
 
 
+def test_machines_that_do_not_share_the_directory(tmp_path):
+    with pytest.raises(OSError, match="file system that all machines share"):
+        checkpoint.write_state(tmp_path / "step_000002.partial/trainer", [])
+
+
 def append_to_full_disk(path, size):
     limit_files(size)
     with pytest.raises(SystemExit, match=rf"error: {path} cannot be written: File too large"):
