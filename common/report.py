@@ -219,12 +219,22 @@ def append_jsonl(path, rows: list[dict]) -> None:
     """
     path = Path(path)
     before = path.stat().st_size if path.exists() else 0
+    with one_sentence(path):
+        try:
+            with open(path, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError:
+            if path.exists():
+                os.truncate(path, before)  # readers would stumble over half a line
+            raise
+
+
+@contextlib.contextmanager
+def one_sentence(path: Path):
+    """Turn an OSError in the `with` block, as of a full disk, into a SystemExit."""
     try:
-        with open(path, "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        yield
     except OSError as error:
-        if path.exists():
-            os.truncate(path, before)  # readers would stumble over half a line
         raise SystemExit(f"error: {path} cannot be written: {error.strerror}") from error
 
 
@@ -260,11 +270,15 @@ def cut_jsonl(path: Path, last_step: int) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Write a file beside its place and rename it, so that it is never there in part."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value) -> None:
@@ -358,7 +372,8 @@ def open_run(args) -> Path:
             earlier = before.pop("earlier", [])
             earlier += [before] if before != json.loads(json.dumps(config)) else []
             config |= {"earlier": earlier} if earlier else {}
-        write_json(out / "config.json", config)
+        with one_sentence(out / "config.json"):
+            write_json(out / "config.json", config)
     message = [out]
     dist.broadcast_object_list(message)
     return message[0]
@@ -383,7 +398,8 @@ def cut_logs(out: Path, last_step: int) -> None:
     """Leave in the run's .jsonl files the lines of the steps up to `last_step`; -1: none."""
     for name in LOGS:
         if (out / name).exists():
-            cut_jsonl(out / name, last_step)
+            with one_sentence(out / name):
+                cut_jsonl(out / name, last_step)
             if (out / name).stat().st_size == 0:
                 (out / name).unlink()
 
