@@ -4,6 +4,7 @@ Each run is a process of its own, forked from a server that has imported everyth
 wrong in it is a `fault`: a function below, which the process calls before `main`.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -218,14 +219,19 @@ def kill(args, number):
     at_event(args.out, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def send(args, number, *signals):
-    """Send signals to the run itself, while it works on step 2."""
+def send(args, step, *signals, rank=0):
+    """Send signals to a rank of the run itself, while it works on a step."""
+    generate, calls = Sampler.generate, 0
 
-    def send_now():
-        for one in signals:
-            os.kill(os.getpid(), one)
+    def generate_and_send(sampler, *rest, **more):
+        nonlocal calls
+        calls += 1
+        if calls == step and os.environ["RANK"] == str(rank):
+            for one in signals:
+                os.kill(os.getpid(), one)
+        return generate(sampler, *rest, **more)
 
-    at_event(args.out, number, send_now)
+    Sampler.generate = generate_and_send
 
 
 # ----------------------------------------------------------------------------------------- killed
@@ -241,6 +247,28 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(run, st
         assert status == -signal.SIGKILL, output
         kills += 1
     assert kills >= 8
+    assert_same_run(out, straight)
+
+
+def kill_while_removing(args):
+    """At the first checkpoint that is removed, when one of its files is gone."""
+    remove = shutil.rmtree
+
+    def rmtree(path, *rest, **more):
+        if Path(path, "config.json").exists():
+            Path(path, "config.json").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        remove(path, *rest, **more)
+
+    shutil.rmtree = rmtree
+
+
+def test_a_checkpoint_that_is_being_removed_does_not_look_whole(run, straight, tmp_path):
+    out = tmp_path / "run"
+    status, output = run(out, fault=(kill_while_removing,))
+    assert status == -signal.SIGKILL
+    assert all((folder / "config.json").exists() for folder in out.glob("step_00000?"))
+    assert run(out)[0] == 0
     assert_same_run(out, straight)
 
 
@@ -279,8 +307,7 @@ def half(straight, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_in_hand(run, straight, tmp_path, number):
     out = tmp_path / "run"
-    # Between evaluation and metrics of step 2, the last lines before a checkpoint that is not due.
-    status, output = run(out, "--save-every", 0, fault=(send, 10, number))
+    status, output = run(out, "--save-every", 0, fault=(send, 2, number))
     assert status == 128 + number
     assert f"{out}/step_000002 is saved. To go on: the same command with --out {out}" in output
     assert [row["step"] for row in lines(out)] == [0, 1, 2]
@@ -289,14 +316,31 @@ def test_a_signal_saves_the_step_in_hand(run, straight, tmp_path, number):
         assert lines(out, name) == lines(straight, name)
 
 
+def test_a_signal_to_one_of_two_ranks_stops_both(run, tmp_path):
+    out, fault = tmp_path / "run", (functools.partial(send, rank=1), 1, signal.SIGTERM)
+    status, output = run(out, "--save-every", 0, "--steps", 2, fault=fault, ranks=2)
+    assert status == 128 + signal.SIGTERM and "step_000001 is saved" in output
+
+
+def test_dropout_goes_on_as_it_would_have(run, base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    more = ["--model", tmp_path / "base", "--steps", 2]
+    assert run(tmp_path / "straight", *more)[0] == 0
+    assert run(tmp_path / "run", *more, fault=(kill, 60))[0] == -signal.SIGKILL
+    assert "going on after step 1" in run(tmp_path / "run", *more)[1]
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+
+
 def test_a_second_interrupt_ends_at_once(run, tmp_path):
-    status, output = run(tmp_path / "run", fault=(send, 10, signal.SIGINT, signal.SIGINT))
+    status, output = run(tmp_path / "run", fault=(send, 2, signal.SIGINT, signal.SIGINT))
     assert status == 1 and "interrupted" in output and not list(tmp_path.glob("run/step_000002"))
 
 
 def test_a_signal_in_the_last_step_changes_nothing(run, straight, tmp_path):
     out = tmp_path / "run"
-    status, _ = run(out, "--save-every", 0, "--steps", 1, fault=(send, 7, signal.SIGTERM))
+    status, _ = run(out, "--save-every", 0, "--steps", 1, fault=(send, 1, signal.SIGTERM))
     assert status == 0 and (out / "final").is_dir()
 
 
@@ -315,8 +359,26 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
     with subprocess.Popen(torchrun, stderr=subprocess.DEVNULL) as launcher:
         wait_for(lambda: number.exists() and number.read_text().endswith("\n"))
         launcher.kill()
-    rank = Path("/proc", number.read_text().strip(), "stat")
+    rank = Path("/proc", number.read_text().strip(), "stat")  # "Z": it has ended
     wait_for(lambda: not rank.exists() or rank.read_text().split(")")[-1].split()[0] == "Z")
+
+
+def test_ranks_find_each_other_after_a_restart(tmp_path):
+    """torchrun with a given port keeps one store for all attempts, with the dead ranks in it."""
+    program = tmp_path / "rank.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from common import distributed\n"
+        "distributed.init_process_group()\n"
+        "distributed.share_work([1, 2], lambda share: share)\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    more = ["--max-restarts=1", f"--master-port={distributed.free_port()}", program]
+    done = subprocess.run([*torchrun, *more], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def wait_for(condition, seconds=20):
