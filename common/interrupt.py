@@ -1,6 +1,7 @@
 """What happens when a run is told to stop, or loses its launcher.
 
-SIGTERM and Ctrl-C let the step in hand be finished and saved; a second Ctrl-C ends at once.
+SIGTERM and Ctrl-C let the step in hand be finished and saved; a second Ctrl-C ends at once. After a
+second Ctrl-C, torchrun sends SIGTERM to its ranks.
 """
 
 import ctypes
@@ -36,7 +37,7 @@ def listen() -> None:
 def _note(number, _frame) -> None:
     """The handler of both signals."""
     global _asked
-    if number == signal.SIGINT == _asked:
+    if _asked == signal.SIGINT:
         raise KeyboardInterrupt
     if not _asked and os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name

@@ -39,7 +39,9 @@ FLAGS = """
     --steps 4
 """
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["train_hpt", "transformers", "test_upge", "safetensors.torch"])
+FORK.set_forkserver_preload(
+    ["train_hpt", "test_upge", "torch._dynamo", "transformers.models.qwen2.modeling_qwen2"]
+)
 
 
 # ------------------------------------------------------------------------------------ stand-ins
@@ -333,8 +335,10 @@ def test_dropout_goes_on_as_it_would_have(run, base, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
-def test_a_second_interrupt_ends_at_once(run, tmp_path):
-    status, output = run(tmp_path / "run", fault=(send, 2, signal.SIGINT, signal.SIGINT))
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_ends_at_once(run, tmp_path, second):
+    """torchrun passes the first Ctrl-C on as it is, and the second as SIGTERM."""
+    status, output = run(tmp_path / "run", fault=(send, 2, signal.SIGINT, second))
     assert status == 1 and "interrupted" in output and not list(tmp_path.glob("run/step_000002"))
 
 
