@@ -29,6 +29,7 @@ import train_hpt
 from common import checkpoint, distributed, flags, report
 from rollout import Rollout
 from test_upge import tiny_lm
+from tools import soak
 from toy import make
 
 ROOT = Path(__file__).parents[1]
@@ -530,6 +531,9 @@ def test_where_there_is_no_run_to_go_on_with(base, tmp_path, capsys):
     with pytest.raises(SystemExit):
         flags.parse_training_args(["--resume"])
     assert "--resume needs --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        flags.parse_training_args(["--out", str(tmp_path)])
+    assert "or go on with the run in it with --resume" in capsys.readouterr().err
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(SystemExit):
         parse(base, tmp_path)
@@ -700,3 +704,37 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(run, tmp_path):
     # The count goes on where the run was stopped.
     status, output = run(out, "--method", "dr_grpo", "--max-skipped", 5, fault=fault)
     assert "error: the last 6 optimizer steps of the policy were skipped" in output
+
+
+# ------------------------------------------------------------------------------------- the soak
+
+
+def test_the_soak_sees_a_line_and_a_weight_that_differ(straight, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    report.cut_logs(out, 4)  # nothing is cut
+    rows = [row | {"time/step": 0.0} for row in report.read_jsonl(out / "metrics.jsonl")]
+    (out / "metrics.jsonl").unlink()
+    report.append_jsonl(out / "metrics.jsonl", rows)
+    assert soak.differences(out, straight) == []
+    rows[-1]["optim/grad_norm"] += 1e-9
+    (out / "metrics.jsonl").unlink()
+    report.append_jsonl(out / "metrics.jsonl", rows)
+    flip(out / "final/model.safetensors")
+    assert soak.differences(out, straight) == [
+        f"{out}/metrics.jsonl differs from that of {straight}",
+        f"{out}/final differs from that of {straight}",
+    ]
+    assert soak.last_step(out) == 4 and soak.newest(out) == "final"
+
+
+def test_the_soak_finds_what_a_run_leaves_behind():
+    sleeper = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '30'])"]
+    with subprocess.Popen(sleeper) as process:
+        wait_for(lambda: len(soak.descendants(process.pid)) == 2)
+        _, grandchild = soak.descendants(process.pid)
+        process.kill()
+        process.wait()
+    assert not soak.is_alive(process.pid) and soak.is_alive(grandchild)
+    os.kill(grandchild, signal.SIGKILL)
+    wait_for(lambda: not soak.is_alive(grandchild))
