@@ -355,8 +355,8 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
     program.write_text(
         "import os, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from common import interrupt\n"
-        "interrupt.end_with_launcher()\n"
+        "from common import distributed\n"
+        "distributed.init_process_group()\n"
         f"open({str(number)!r}, 'w').write(f'{{os.getpid()}}\\n')\n"
         "time.sleep(60)\n"
     )

@@ -10,10 +10,10 @@ the next one begins. Memory, open files, threads and processes of a rank are rea
 """
 
 import argparse
-import collections
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -61,21 +61,16 @@ def main(argv=None):
 def soak(out: Path, straight: Path, args) -> list[str]:
     """Kill and resume; print the table; return a sentence for everything that was wrong."""
     draw = random.Random(args.seed)
-    kills, resumed, lost = collections.Counter(), collections.Counter(), collections.Counter()
-    faults, matched, run = [], 0, 1
-    while sum(kills.values()) < args.kills or (out / f"run_{run}").exists():
-        folder = out / f"run_{run}"
-        kind = draw.choice(list(KINDS))
-        process = start(folder, args)
-        seconds = draw.uniform(0, args.longest) if sum(kills.values()) < args.kills else None
+    kills, faults, matched, run = [], [], 0, 1
+    while len(kills) < args.kills or (out / f"run_{run}").exists():
+        folder, kind = out / f"run_{run}", draw.choice(list(KINDS))
+        process, begun = start(folder, args), time.time()
+        seconds = draw.uniform(0, args.longest) if len(kills) < args.kills else None
         if not wait(process, seconds):
-            steps = last_step(folder)
             faults += end(process, kind, folder)
-            kills[kind] += 1
-            resumed[kind] += checkpoint_step(folder) > 0
-            lost[kind] += max(0, steps - checkpoint_step(folder))
+            kills.append(describe(kind, folder, begun, args.steps))
             print(
-                f"{folder}: {kind} after step {steps}, {newest(folder)} is the newest", flush=True
+                f"{folder}: {kind} {kills[-1]['when']}, after step {last_step(folder)}", flush=True
             )
             continue
         if process.returncode:
@@ -86,12 +81,36 @@ def soak(out: Path, straight: Path, args) -> list[str]:
         matched += not differing
         print(f"{folder}: ended, {'differs' if differing else 'as the straight run'}", flush=True)
         run += 1
-    rows = [["how it was ended", "times", "with a checkpoint to go on from", "steps lost, mean"]]
-    for kind, count in kills.items():
-        rows.append([kind, count, resumed[kind], f"{lost[kind] / count:.1f}"])
-    print("\n".join(["", *report.markdown_table(rows)]))
+    print("\n".join(["", *kill_table(kills)]))
     print(f"\n{run - 1} runs came to their end, {matched} of them as the straight run\n")
     return faults
+
+
+def describe(kind: str, folder: Path, begun: float, steps: int) -> dict:
+    """How and when a run was ended, and how many steps must be repeated.
+
+    begun: the time at which the process began; steps: of the whole run.
+    """
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists() or metrics.stat().st_mtime < begun:
+        return {"kind": kind, "when": "while it started", "repeated": None}
+    saving = any(path.is_dir() for path in folder.glob("*.partial"))
+    saved = steps if newest(folder) == "final" else int(newest(folder).removeprefix("step_"))
+    repeated = max(0, last_step(folder) - saved)
+    return {"kind": kind, "when": "in a save" if saving else "in a step", "repeated": repeated}
+
+
+def kill_table(kills: list[dict]) -> list[str]:
+    """A table with a row per kind of death."""
+    moments = ("while it started", "in a step", "in a save")
+    rows = [["how it was ended", "times", *moments, "steps repeated, mean", "at most"]]
+    for kind in KINDS:
+        mine = [kill for kill in kills if kill["kind"] == kind]
+        repeated = [kill["repeated"] for kill in mine if kill["repeated"] is not None]
+        when = [sum(kill["when"] == moment for kill in mine) for moment in moments]
+        mean = f"{statistics.fmean(repeated):.1f}" if repeated else ""
+        rows.append([kind, len(mine), *when, mean, max(repeated, default="")])
+    return report.markdown_table(rows)
 
 
 # ------------------------------------------------------------------------------- one run of the toy
@@ -141,15 +160,11 @@ def end(process: subprocess.Popen, kind: str, folder: Path) -> list[str]:
 
 
 def newest(folder: Path) -> str:
-    """The name of the newest checkpoint in a folder."""
-    names = sorted(path.name for path in folder.glob("step_*") if path.suffix != ".partial")
-    return "final" if (folder / "final").exists() else names[-1] if names else "none"
-
-
-def checkpoint_step(folder: Path) -> int:
-    """The step of the newest step_* in a folder, 0 without one."""
-    name = newest(folder)
-    return int(name.removeprefix("step_")) if name.startswith("step_") else 0
+    """The name of the newest checkpoint in a folder; step_000000 without one."""
+    if (folder / "final").exists():
+        return "final"
+    names = [path.name for path in folder.glob("step_*") if path.suffix != ".partial"]
+    return max(names, default="step_000000")
 
 
 def last_step(folder: Path) -> int:
