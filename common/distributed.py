@@ -139,13 +139,16 @@ def one_failure_message(quiet: bool = False):
     that fails alone prints its message after the wait. With `quiet`, what the others print to
     standard error is dropped: argparse prints its message before it raises.
     """
+    interrupt.in_main()
     my_rank = int(os.environ.get("RANK", 0))  # the process group may not exist yet
     silence = contextlib.redirect_stderr(io.StringIO()) if quiet and my_rank else None
     try:
         with silence or contextlib.nullcontext():
             yield
     except KeyboardInterrupt:
-        raise SystemExit("interrupted" if my_rank == 0 else 130) from None
+        if my_rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
     except SystemExit as stop:
         told_to_stop = stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
         if my_rank and stop.code and not told_to_stop:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from common import interrupt
 from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
 from common.distributed import one_failure_message
 
@@ -126,6 +127,7 @@ def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
             words = [f"@{TOY_ARGS}", *words]
         args = parser.parse_args(parser.expand(words))
         check_training(parser, args)
+    interrupt.during_imports()
     return args
 
 
@@ -135,6 +137,7 @@ def parse_evaluation_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser = evaluation_parser()
         args = parser.parse_args(parser.expand(sys.argv[1:] if argv is None else argv))
         check_evaluation(parser, args)
+    interrupt.during_imports()
     return args
 
 

@@ -27,6 +27,25 @@ def end_with_launcher() -> None:
         raise SystemExit("error: torchrun has died")
 
 
+def during_imports() -> None:
+    """Until `in_main`, Ctrl-C ends the program with a word, not with a traceback of an import."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def in_main() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(_number, _frame) -> None:
+    """The handler of SIGINT during imports."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
+
+
 def listen() -> None:
     """From now on SIGTERM and the first Ctrl-C are only noted, for `asked`."""
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -340,13 +340,24 @@ def test_dropout_goes_on_as_it_would_have(run, base, tmp_path):
 def test_a_second_interrupt_ends_at_once(run, tmp_path, second):
     """torchrun passes the first Ctrl-C on as it is, and the second as SIGTERM."""
     status, output = run(tmp_path / "run", fault=(send, 2, signal.SIGINT, second))
-    assert status == 1 and "interrupted" in output and not list(tmp_path.glob("run/step_000002"))
+    assert status == 130 and "interrupted" in output and not list(tmp_path.glob("run/step_000002"))
 
 
 def test_a_signal_in_the_last_step_changes_nothing(run, straight, tmp_path):
     out = tmp_path / "run"
     status, _ = run(out, "--save-every", 0, "--steps", 1, fault=(send, 1, signal.SIGTERM))
     assert status == 0 and (out / "final").is_dir()
+
+
+@pytest.mark.parametrize("program", ["train_hpt.py", "evaluate.py"])
+def test_an_interrupt_during_the_imports_shows_no_traceback(program):
+    flags = ["--model", make.BASE, "--data", ROOT / "toy/held_out.jsonl"]
+    line = [sys.executable, ROOT / program, *flags]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == "interrupted\n"
+    assert process.returncode == 130
 
 
 def test_ranks_end_when_torchrun_is_killed(tmp_path):
