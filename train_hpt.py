@@ -40,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 import evaluate
 import reward
 import rollout
-from common import data, distributed, metrics, model, plan, probe, report
+from common import checkpoint, data, distributed, interrupt, metrics, model, plan, probe, report
 from upge import GATES, METHODS, PI_OLD, TABLE, Method, adv_one, gae, scale_one, upge_loss
 
 
@@ -51,15 +51,15 @@ def main(args) -> None:
     with reward.Verifier(function=args.reward) as verifier:
         memory = plan.memory_plan(args, inputs.config, needs_critic(method))
         device, sampler, policy, critic = start(args, method, inputs, memory)
-        out = report.open_run(args)
+        out, step_done = open_run(args, inputs, policy, critic)  # --resume loads a checkpoint here
         print_plan(args, method, inputs, policy, memory, out)
         sampler.load(policy.weights())  # wakes the sampler, which `start` has put to sleep
-        if inputs.held_out:
+        if inputs.held_out and step_done == 0:
             report.log(
                 out, {"step": 0} | evaluate_held_out(0, inputs, sampler, verifier, args, out)
             )
 
-        for step in range(1, args.steps + 1):
+        for step in range(step_done + 1, args.steps + 1):
             clock, counts = metrics.Clock(), metrics.Counts()
 
             # 1. Draw prompts, sample rollouts. Then the sampler sleeps and the trainer has the GPU.
@@ -101,8 +101,7 @@ def main(args) -> None:
                 measured |= evaluate_held_out(step, inputs, sampler, verifier, args, out)
             report.log(out, measured)
             report.log_samples(out, step, prompts)
-            if is_due(step, args.save_every, args.steps):
-                save_checkpoint(out, step, args, policy, critic, inputs)
+            end_step(out, step, counts, args, policy, critic, inputs)
         sampler.close()
     report.closing_table(out, args)
 
@@ -540,10 +539,46 @@ def update(policy, critic, micro_batches, updates_before: int, args, counts) -> 
     counts.lr = warmed_up(args.lr, updates_before, args.warmup_steps)
     accumulate_gradient(policy, micro_batches, args, counts)
     counts.grad_norms.append(policy.step(counts.lr, args.max_grad_norm))
+    if not math.isfinite(counts.grad_norms[-1]):
+        again = functools.partial(accumulate_gradient, args=args, counts=metrics.Counts())
+        counts.skipped += bad_sequences(policy, micro_batches, updates_before, again)
     if critic:
         critic_lr = warmed_up(args.critic_lr, updates_before, args.warmup_steps)
         accumulate_critic_gradient(critic, micro_batches, args.value_clip, counts)
         counts.critic_norms.append(critic.step(critic_lr, args.max_grad_norm))
+        if not math.isfinite(counts.critic_norms[-1]):
+            again = functools.partial(
+                accumulate_critic_gradient, value_clip=args.value_clip, counts=metrics.Counts()
+            )
+            counts.skipped += bad_sequences(critic, micro_batches, updates_before, again)
+
+
+def bad_sequences(network, micro_batches, updates_before: int, accumulate) -> list[dict]:
+    """This rank's sequences of the prompts whose gradient is not finite, after a skipped update.
+
+    If the gradient of each single prompt is finite, all sequences are returned.
+
+    Args:
+        accumulate: a function (network, micro_batches) that adds the gradient again.
+    """
+    bad = probe.prompts_without_finite_gradient(network, micro_batches, accumulate)
+    rows = []
+    for m in micro_batches:
+        for i, q in enumerate(m.prompt_indices):
+            if not bad or q in bad:
+                mask = m.response_mask[i]
+                start, end = mask.nonzero()[[0, -1], 0].tolist()
+                rows.append(
+                    {
+                        "update": updates_before,
+                        "network": network.name,
+                        "row": m.row,
+                        "prompt_ids": m.ids[i, :start].tolist(),
+                        "response_ids": m.ids[i, start : end + 1].tolist(),
+                        "advantage": m.advantage[m.seq == i].tolist()[0],
+                    }
+                )
+    return rows
 
 
 def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -> None:
@@ -723,19 +758,56 @@ def evaluate_held_out(step: int, inputs: Inputs, sampler, verifier, args, out: P
     return report.held_out_metrics(results)
 
 
+def open_run(args, inputs: Inputs, policy, critic) -> tuple[Path, int]:
+    """Make the run's directory, or load the newest checkpoint in it: (directory, steps done)."""
+    out = report.open_run(args)
+    networks = [policy, critic] if critic else [policy]
+    step_done = checkpoint.resume(out, networks, inputs, args.steps) if args.resume else 0
+    seed_dropout(args.seed, step_done)
+    interrupt.listen()
+    return out, step_done
+
+
+def end_step(out: Path, step: int, counts, args, policy, critic, inputs: Inputs) -> None:
+    """Save a checkpoint if one is due, or if the run is told to stop; then stop it.
+
+    Raises:
+        SystemExit: the run is told to stop, or more than --max-skipped optimizer steps in a row
+            were skipped.
+    """
+    networks = [policy, critic] if critic else [policy]
+    if not all(map(math.isfinite, counts.grad_norms + counts.critic_norms)):
+        report.log_skipped(out, step, counts.skipped, inputs.tokenizer)
+    for network in networks:
+        network.check_skipped(args.max_skipped)
+    signal = interrupt.asked()
+    if signal or is_due(step, args.save_every, args.steps):
+        save_checkpoint(out, step, args, policy, critic, inputs)
+    if signal and step < args.steps:
+        interrupt.stop(signal, checkpoint.directory_of(out, step, args.steps), out)
+    seed_dropout(args.seed, step)
+
+
+def seed_dropout(seed: int, step_done: int) -> None:
+    """Let the next step draw the same random numbers whether or not the run was resumed.
+
+    Nothing but a model's dropout uses torch's own generator.
+    """
+    torch.manual_seed(distributed.derive_seed(seed, "dropout", step_done))
+
+
 def save_checkpoint(out: Path, step: int, args, policy, critic, inputs: Inputs) -> None:
     """Write final/ or step_N/, a plain Hugging Face directory; PPO's critic goes to its critic/.
 
     Raises:
         SystemExit: training is over, and no optimizer step was ever taken.
     """
+    networks = [policy, critic] if critic else [policy]
     if step == args.steps:
-        for network in [policy, critic] if critic else [policy]:
+        for network in networks:
             network.check_updated()
-    directory = out / ("final" if step == args.steps else f"step_{step:06d}")
-    policy.save(directory, inputs.tokenizer, inputs.end_token_ids)
-    if critic:
-        critic.save(directory / "critic", inputs.tokenizer)
+    directory = checkpoint.directory_of(out, step, args.steps)
+    checkpoint.save(directory, step, networks, inputs, args.keep)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@ import io
 import math
 import os
 import random
+import signal
 import socket
 import sys
 import time
+
+from common import interrupt
 
 
 def derive_seed(*key) -> int:
@@ -33,7 +36,9 @@ def init_process_group():
     """Join torchrun's process group, or make one of a single process; return the device."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
+    interrupt.end_with_launcher()
     gpu = torch.cuda.is_available()
     if "RANK" not in os.environ:
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
@@ -45,7 +50,12 @@ def init_process_group():
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    # All attempts of `torchrun --max-restarts` may share a store. Under a prefix of its own, an
+    # attempt does not find the addresses of dead ranks there.
+    store, rank, ranks = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backends = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backends, store=store, rank=rank, world_size=ranks)
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
@@ -129,14 +139,18 @@ def one_failure_message(quiet: bool = False):
     that fails alone prints its message after the wait. With `quiet`, what the others print to
     standard error is dropped: argparse prints its message before it raises.
     """
+    interrupt.in_main()
     my_rank = int(os.environ.get("RANK", 0))  # the process group may not exist yet
     silence = contextlib.redirect_stderr(io.StringIO()) if quiet and my_rank else None
     try:
         with silence or contextlib.nullcontext():
             yield
     except KeyboardInterrupt:
-        raise SystemExit("interrupted" if my_rank == 0 else 130) from None
+        if my_rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
     except SystemExit as stop:
-        if my_rank and stop.code:
+        told_to_stop = stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        if my_rank and stop.code and not told_to_stop:
             time.sleep(10)
         raise

@@ -11,6 +11,7 @@ Nothing slow is imported here, so that --help and errors come at once.
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import shlex
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from common import interrupt
 from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
 from common.distributed import one_failure_message
 
@@ -67,12 +69,8 @@ SHARE = Number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 SHARE_ABOVE_0 = Number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 
 
-def new_directory(text: str) -> str:
-    """An argparse type: a directory that does not exist, and can be made."""
-    if Path(text).exists():
-        raise argparse.ArgumentTypeError(
-            f"{text} exists already: name another directory, or remove it"
-        )
+def writable_directory(text: str) -> str:
+    """An argparse type: a directory that can be made or written to."""
     parent = unwritable_parent(text)
     if parent:
         raise argparse.ArgumentTypeError(
@@ -129,6 +127,7 @@ def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
             words = [f"@{TOY_ARGS}", *words]
         args = parser.parse_args(parser.expand(words))
         check_training(parser, args)
+    interrupt.during_imports()
     return args
 
 
@@ -138,6 +137,7 @@ def parse_evaluation_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser = evaluation_parser()
         args = parser.parse_args(parser.expand(sys.argv[1:] if argv is None else argv))
         check_evaluation(parser, args)
+    interrupt.during_imports()
     return args
 
 
@@ -272,7 +272,11 @@ def training_parser() -> Parser:
 
     group = parser.add_argument_group("logging")
     text(
-        group, "--out", "DIR", "a new directory (runs/METHOD-MODEL-seedS-TIME)", kind=new_directory
+        group,
+        "--out",
+        "DIR",
+        "a new directory, or that of --resume (runs/METHOD-MODEL-seedS-TIME)",
+        kind=writable_directory,
     )
     number(group, "--seed", SEED, 0, "random seed")
     number(
@@ -284,6 +288,12 @@ def training_parser() -> Parser:
     )
     number(
         group, "--save-every", COUNT_OR_0, 0, "steps between checkpoints; 0: only one at the end"
+    )
+    number(group, "--keep", COUNT_OR_0, 2, "the newest checkpoints that stay besides final; 0: all")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --out, or begin if there is none",
     )
     group.add_argument(
         "--plan",
@@ -363,6 +373,13 @@ def add_optimisation_flags(parser: Parser) -> None:
     number(
         group, "--max-grad-norm", POSITIVE_OR_INF, 1.0, "clip gradients to this norm; inf: no clip"
     )
+    number(
+        group,
+        "--max-skipped",
+        COUNT_OR_0,
+        20,
+        "more skipped optimizer steps in a row end the run",
+    )
     group.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -395,6 +412,44 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         )
     if args.out is None and unwritable_parent("runs"):
         parser.error("the directory runs/ cannot be made or written to: name another one as --out")
+    check_out(parser, args)
+
+
+# A resumed run may have other values of these: they change how long it is, what is measured and
+# saved, and how the work is cut, which changes the gradient by rounding at most.
+MAY_CHANGE = ["out", "resume", "steps", "save_every", "keep", "max_skipped", "eval_every"]
+MAY_CHANGE += ["probe_gradients", "tokens_per_microbatch", "gradient_checkpointing"]
+MAY_CHANGE += ["tensor_parallel", "gpu_memory_utilization"]
+
+
+def check_out(parser: Parser, args: argparse.Namespace) -> None:
+    """End the program if --out exists without --resume, or is no run of these flags with it."""
+    if not args.resume:
+        if args.out and Path(args.out).exists():
+            parser.error(
+                f"argument --out: {args.out} exists already: name another directory, or go on with "
+                "the run in it with --resume"
+            )
+        return
+    if args.out is None:
+        parser.error("--resume needs --out: the directory of the run to go on with")
+    config = Path(args.out, "config.json")
+    if not config.exists():
+        if any(not path.name.startswith(".") for path in Path(args.out).glob("*")):
+            parser.error(f"--resume: {args.out} holds no run of this program (no config.json)")
+        return  # the run begins
+    try:
+        saved = json.loads(config.read_text())["flags"]
+    except (OSError, ValueError, LookupError) as error:
+        parser.error(f"--resume: {config} cannot be read: {error}")
+    now = json.loads(json.dumps(vars(args)))
+    for name, value in saved.items():
+        if name in now and name not in MAY_CHANGE and now[name] != value:
+            flag = "--" + name.replace("_", "-")
+            parser.error(
+                f"--resume: the run in {args.out} has {flag} {value}, not {now[name]}: give the "
+                "same value, or name a new --out"
+            )
 
 
 # ----------------------------------------------------------------------------- flags of evaluate.py

@@ -76,6 +76,8 @@ class Counts:
     lr: float = 0.0  # of the last optimizer step
     grad_norms: list[float] = dataclasses.field(default_factory=list)  # one per optimizer step
     critic_norms: list[float] = dataclasses.field(default_factory=list)
+    # this rank's part of what skipped optimizer steps trained on, as train_hpt.bad_sequences says
+    skipped: list[dict] = dataclasses.field(default_factory=list)
 
     def add_mismatch(self, trainer: Tensor, sampler: Tensor) -> None:
         """Compare the log-probabilities (1, M) of trainer and sampler.

@@ -19,6 +19,7 @@ class Network(torch.nn.Module):
     name = "network"
     optimizer: torch.optim.Optimizer  # set by `shard`
     updates = 0  # optimizer steps that were taken, not skipped
+    skipped_in_a_row = 0  # optimizer steps that were skipped since the last one that was taken
 
     def __init__(self, lm):
         super().__init__()
@@ -48,6 +49,9 @@ class Network(torch.nn.Module):
         Without any backward pass the gradient is 0; AdamW then takes the step that its averages of
         earlier gradients give. If the norm is not finite, the optimizer step is skipped; the
         gradient is cleared anyway.
+
+        Raises:
+            SystemExit: the step has made a weight or a moment infinite or nan.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -59,31 +63,64 @@ class Network(torch.nn.Module):
         if math.isfinite(norm):
             self.optimizer.step()
             self.updates += 1
-        elif distributed.rank() == 0:
-            print(f"gradient norm of the {self.name} is {norm}: update skipped", flush=True)
+            self.skipped_in_a_row = 0
+            if name := self.not_finite():
+                raise SystemExit(
+                    f"error: optimizer step {self.updates} of the {self.name} made {name} infinite "
+                    "or nan; nothing of it is saved: start a new run from the last checkpoint, "
+                    "with a lower --lr"
+                )
+        else:
+            self.skipped_in_a_row += 1
+            if distributed.rank() == 0:
+                print(f"gradient norm of the {self.name} is {norm}: update skipped", flush=True)
         self.optimizer.zero_grad()
         return norm
+
+    def not_finite(self) -> str | None:
+        """The name of a weight that is not finite, or that has such a moment; None without any.
+
+        Each rank looks at its own shards, so every rank must call this.
+        """
+        names, finite = [], []
+        for name, parameter in self.named_parameters():
+            for tensor in [parameter.detach(), *self.optimizer.state.get(parameter, {}).values()]:
+                shard = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                names.append(name)
+                finite.append(shard.isfinite().all().to(parameter.device))
+        flags = torch.stack(finite).int()
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MIN)
+        return None if flags.all() else names[int(flags.argmin())]
 
     def check_finite(self, where: str) -> None:
         """Raise SystemExit if a weight is not a finite number; `where` says where it comes from.
 
-        Each rank looks at its own shard, so every rank must call this.
+        Every rank must call this.
         """
-        found = None
-        for name, parameter in self.lm.named_parameters():
-            shard = parameter.detach()
-            shard = shard.to_local() if hasattr(shard, "to_local") else shard
-            if not shard.isfinite().all():
-                found = name
-                break
-        everywhere = [None] * distributed.world_size()
-        dist.all_gather_object(everywhere, found)
-        names = [name for name in everywhere if name]
-        if names:
+        if name := self.not_finite():
             raise SystemExit(
-                f"error: {where}: its weights are not finite numbers (nan or inf in {names[0]}): "
+                f"error: {where}: its weights are not finite numbers (nan or inf in {name}): "
                 "take a checkpoint that is whole"
             )
+
+    def check_skipped(self, most: int) -> None:
+        """Raise SystemExit if more than `most` optimizer steps in a row were skipped."""
+        if self.skipped_in_a_row > most:
+            raise SystemExit(
+                f"error: the last {self.skipped_in_a_row} optimizer steps of the {self.name} were "
+                "skipped, since the gradient was not finite, more than --max-skipped; "
+                "skipped.jsonl holds what they trained on: look there, or start a new run from the "
+                "last checkpoint with a lower --lr"
+            )
+
+    def counters(self) -> dict[str, int]:
+        """What a checkpoint keeps besides tensors."""
+        return {"updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def set_counters(self, counters: dict[str, int]) -> None:
+        """Go on counting from what `counters` returned."""
+        self.updates, self.skipped_in_a_row = counters["updates"], counters["skipped_in_a_row"]
 
     def check_updated(self) -> None:
         """Raise SystemExit unless at least one optimizer step was taken, at the end of training."""
@@ -111,8 +148,9 @@ class Network(torch.nn.Module):
         end_token_ids: what ends a response, for generation_config.json; as it was if not given.
         """
         weights = {}
+        stored = {name for name, _ in self.lm.named_parameters()}  # tied weights have one name here
         for name, tensor in self.weights():  # every rank gathers, rank 0 keeps
-            if distributed.rank() == 0:
+            if distributed.rank() == 0 and name in stored:
                 weights[name] = tensor.cpu()
         if distributed.rank() == 0:
             with torch.device("meta"):

@@ -55,6 +55,17 @@ def probe(policy, micro_batches, accumulate) -> dict[str, float]:
     return metrics
 
 
+def prompts_without_finite_gradient(network, micro_batches, accumulate) -> set[int]:
+    """The prompts of a mini-batch whose own gradient is not finite; arguments as for `probe`."""
+    last_prompt = max((q for m in micro_batches for q in m.prompt_indices), default=-1)
+    found = set()
+    for q in range(1 + int(over_ranks(last_prompt, dist.ReduceOp.MAX))):
+        own = gradient_of_prompt(network, micro_batches, q, accumulate)
+        if own is not None and over_ranks(not own.isfinite().all()):
+            found.add(q)
+    return found
+
+
 def gradient_of_prompt(policy, micro_batches, q: int, accumulate):
     """This rank's shard of the gradient of prompt q, flat, or None if no rank has a part of it."""
     mine = [m.only(q) for m in micro_batches if q in m.prompt_indices]

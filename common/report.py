@@ -10,6 +10,8 @@ problem has none), "samples" (how many responses were sampled), "correct" (how m
 "lengths" (tokens of each response) and "truncated" (how many were cut at the length limit).
 """
 
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import curves
-from common.distributed import rank, world_size
+from common.distributed import rank, share_work, world_size
 
 # ------------------------------------------------------------------------------------ 1. Statistics
 
@@ -210,26 +212,78 @@ def _commit():
 
 
 def append_jsonl(path, rows: list[dict]) -> None:
-    """Append dicts to a .jsonl file, one per line."""
-    with open(path, "a") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+    """Append dicts to a .jsonl file, one per line.
+
+    Raises:
+        SystemExit: they cannot be written, say since the disk is full; the file is as it was.
+    """
+    path = Path(path)
+    before = path.stat().st_size if path.exists() else 0
+    with one_sentence(path):
+        try:
+            with open(path, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError:
+            if path.exists():
+                os.truncate(path, before)  # readers would stumble over half a line
+            raise
+
+
+@contextlib.contextmanager
+def one_sentence(path: Path):
+    """Turn an OSError in the `with` block, as of a full disk, into a SystemExit."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"error: {path} cannot be written: {error.strerror}") from error
 
 
 def read_jsonl(path) -> list:
-    """Return the rows of a .jsonl file. SystemExit names the file and the line that is broken."""
+    """Return the rows of a .jsonl file. SystemExit names the file and the line that is broken.
+
+    A last line without its end is left out: the program that wrote it was killed at that moment.
+    """
     rows = []
     try:
-        for line in Path(path).read_text().splitlines():
+        for line in complete_lines(Path(path).read_text()):
             rows.append(json.loads(line))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {path}:{len(rows) + 1} cannot be read: {error}") from error
     return rows
 
 
+def complete_lines(text: str) -> list[str]:
+    """Return the lines of a .jsonl file that end in a newline, and the last one if it is JSON."""
+    *lines, last = text.split("\n")
+    with contextlib.suppress(ValueError):
+        json.loads(last)
+        lines.append(last)
+    return lines
+
+
+def cut_jsonl(path: Path, last_step: int) -> None:
+    """Leave of a .jsonl file the lines whose "step" is at most `last_step`, in one rename."""
+    rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that it is never there in part."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: Path, value) -> None:
     """Write a .json file that a person can read."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    replace_file(path, json.dumps(value, indent=1) + "\n")
 
 
 def without_nan(value):
@@ -286,26 +340,68 @@ FILES = {  # what a run leaves behind
     "metrics.jsonl": "every metric of every step",
     "samples.jsonl": "a few rollouts of every step",
     "held_out.jsonl": "every held-out problem at every evaluation",
+    "skipped.jsonl": "what was trained on where the gradient was not finite",
     "curves.png": "the curves",
     "config.json": "flags, versions, commit",
     "final": "the model",
 }
 
 
+LOGS = [name for name in FILES if name.endswith(".jsonl")]  # every line of them has a "step"
+
+
 def open_run(args) -> Path:
-    """Make the run's directory and its config.json on rank 0; return its path on every rank."""
+    """Make the run's directory and its config.json on rank 0; return its path on every rank.
+
+    With --resume the directory may be there. What its config.json said goes under "earlier".
+
+    Raises:
+        SystemExit: the directory cannot be made, or another run is writing there.
+    """
     import torch.distributed as dist
 
     out = None
     if rank() == 0:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"runs/{args.method}-{Path(args.model).name}-seed{args.seed}-{stamp}"
-        out = make_directory(args.out or name)
+        out = make_directory(args.out or name, exist_ok=args.resume)
+        _lock(out)
         config = {"flags": vars(args), "ranks": world_size()} | versions_and_commit()
-        write_json(out / "config.json", config)
+        if (out / "config.json").exists():
+            before = json.loads((out / "config.json").read_text())
+            earlier = before.pop("earlier", [])
+            earlier += [before] if before != json.loads(json.dumps(config)) else []
+            config |= {"earlier": earlier} if earlier else {}
+        with one_sentence(out / "config.json"):
+            write_json(out / "config.json", config)
     message = [out]
     dist.broadcast_object_list(message)
     return message[0]
+
+
+def _lock(out):
+    """Keep a second run out of a directory until this process ends."""
+    file = open(out / ".lock", "w")  # noqa: SIM115 (the lock ends when the file is closed)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SystemExit(
+            f"error: --out {out}: another run is writing there; wait until it ends, or end it"
+        ) from error
+    _LOCKS.append(file)
+
+
+_LOCKS = []  # open files
+
+
+def cut_logs(out: Path, last_step: int) -> None:
+    """Leave in the run's .jsonl files the lines of the steps up to `last_step`; -1: none."""
+    for name in LOGS:
+        if (out / name).exists():
+            with one_sentence(out / name):
+                cut_jsonl(out / name, last_step)
+            if (out / name).stat().st_size == 0:
+                (out / name).unlink()
 
 
 def print_plan(
@@ -409,6 +505,21 @@ def log_samples(out: Path, step: int, prompts: list, count: int = 3) -> None:
         row["trained_on"] = " and ".join(trained_on)
         rows.append(row)
     append_jsonl(out / "samples.jsonl", rows)
+
+
+def log_skipped(out: Path, step: int, rows: list[dict], tokenizer) -> None:
+    """Append to skipped.jsonl what this and other ranks trained on in skipped optimizer steps.
+
+    rows: this rank's, as train_hpt.bad_sequences returns them. Every rank must call this.
+    """
+    everywhere = share_work(list(range(world_size())), lambda share: [rows for _ in share])
+    if rank() != 0:
+        return
+    written = []
+    for row in (row for part in everywhere for row in part):
+        texts = {name: tokenizer.decode(row[f"{name}_ids"]) for name in ("prompt", "response")}
+        written.append({"step": step} | texts | row)
+    append_jsonl(out / "skipped.jsonl", without_nan(written))
 
 
 def held_out_metrics(results: list[dict]) -> dict[str, float]:

@@ -195,7 +195,7 @@ def test_versions_name_what_decides_a_number():
 
 def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"a": 2}\n{"a":')
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a":\n')
     with pytest.raises(SystemExit, match=r"error: .*rows.jsonl:3 cannot be read"):
         report.read_jsonl(path)
 
@@ -298,6 +298,7 @@ def flags_of_a_run(**more):
         "temperature": 1.0,
         "seed": 0,
         "out": None,
+        "resume": False,
     }
     return SimpleNamespace(**(flags | more))
 
@@ -444,7 +445,7 @@ def test_a_run_without_held_out_problems_closes_with_its_offline_ratio(tmp_path,
         (None, "no metrics.jsonl there"),
         ("", "no step in it yet"),
         ("[1]\n", "metrics.jsonl:1: no metrics of a step"),
-        ('{"step": 1}\n{', "metrics.jsonl:2 cannot be read"),
+        ('{"step": 1}\n{\n', "metrics.jsonl:2 cannot be read"),
     ],
 )
 def test_a_directory_without_readable_metrics(tmp_path, text, sentence):

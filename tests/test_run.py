@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +141,24 @@ def test_the_same_command_gives_the_same_numbers_from_any_folder(toy_run, tmp_pa
     flags, out, _ = toy_run
     run("train_hpt.py", *flags, "--out", tmp_path / "again", ranks=1, folder=tmp_path)
     assert metrics(tmp_path / "again") == metrics(out)
+
+
+def test_a_run_goes_on_by_itself_after_a_rank_was_killed(toy_run, tmp_path):
+    """It repeats the step of which no checkpoint was made, and nothing shows in its files."""
+    flags, wanted, _ = toy_run
+    out = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    line = [sys.executable, *launcher, "train_hpt.py", *flags, "--out", out, "--resume"]
+    with subprocess.Popen(list(map(str, line)), cwd=ROOT, stdout=subprocess.DEVNULL) as launched:
+        while not (out / "step_000002").exists():
+            assert launched.poll() is None
+            time.sleep(0.01)
+        [rank] = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+        os.kill(int(rank), signal.SIGKILL)
+        assert launched.wait(120) == 0
+    assert metrics(out) == metrics(wanted)
+    for name in ("held_out.jsonl", "samples.jsonl", "final/model.safetensors"):
+        assert (out / name).read_bytes() == (wanted / name).read_bytes()
 
 
 def test_another_seed_gives_other_rollouts(toy_run, tmp_path):

@@ -611,6 +611,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing(full_tensor, bad):
     assert network.weight.grad is None and not network.optimizer.state
 
 
+def test_only_optimizer_steps_skipped_in_a_row_count(full_tensor):
+    network, counts = OneWeight(), []
+    for value in (math.nan, math.inf, 1.0, math.nan):
+        network.weight.grad = torch.tensor([value, 1.0])
+        network.step(0.1, 1.0)
+        counts.append(network.skipped_in_a_row)
+    assert counts == [1, 2, 0, 1]
+    network.check_skipped(1)
+    with pytest.raises(SystemExit, match="the last 1 optimizer steps of the network were skipped"):
+        network.check_skipped(0)
+
+
 class RecordingNetwork:
     """Stands in for a policy or a critic: remembers its optimizer steps, (rate, largest norm)."""
 
