@@ -564,17 +564,17 @@ def bad_sequences(network, micro_batches, updates_before: int, accumulate) -> li
     bad = probe.prompts_without_finite_gradient(network, micro_batches, accumulate)
     rows = []
     for m in micro_batches:
+        sequences = m.ids[0].split(m.lengths)
         for i, q in enumerate(m.prompt_indices):
             if not bad or q in bad:
-                mask = m.response_mask[i]
-                start, end = mask.nonzero()[[0, -1], 0].tolist()
+                start = m.lengths[i] - m.response_lengths[i]
                 rows.append(
                     {
                         "update": updates_before,
                         "network": network.name,
                         "row": m.row,
-                        "prompt_ids": m.ids[i, :start].tolist(),
-                        "response_ids": m.ids[i, start : end + 1].tolist(),
+                        "prompt_ids": sequences[i][:start].tolist(),
+                        "response_ids": sequences[i][start:].tolist(),
                         "advantage": m.advantage[m.seq == i].tolist()[0],
                     }
                 )
