@@ -569,6 +569,9 @@ class OneWeight(Network):
         self.weight = torch.nn.Parameter(torch.ones(2))
         self.optimizer = torch.optim.AdamW([self.weight], lr=9.0, weight_decay=weight_decay)
 
+    def reshard(self):
+        """FSDP's, which has nothing to do here."""
+
 
 @pytest.fixture
 def full_tensor(monkeypatch):
