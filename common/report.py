@@ -475,6 +475,8 @@ def log(out: Path, metrics: dict) -> None:
     for name, label in STEP_LINE.items():
         if metrics.get(name) is not None:
             line += f"  {label} {metrics[name]:.3g}"
+    if metrics.get("perf/train_tokens_per_sec") == 0:
+        line += "  nothing to train on"  # no sequence has a signal
     print(line, flush=True)
 
 

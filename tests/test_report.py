@@ -234,6 +234,15 @@ def test_the_step_line_shows_three_digits_in_a_fixed_order(tmp_path, capsys):
     assert capsys.readouterr().out == "step    1  gated 0  sec 123  HELD-OUT ACCURACY 0.988\n"
 
 
+def test_a_step_with_nothing_to_train_on_says_so(tmp_path, capsys):
+    report.log(tmp_path, {"step": 3, "perf/train_tokens_per_sec": 0.0, "hpt/sft_frac": 1.0})
+    report.log(tmp_path, {"step": 4, "perf/train_tokens_per_sec": 9.0, "hpt/sft_frac": 1.0})
+    assert capsys.readouterr().out.splitlines() == [
+        "step    3  gated 1  nothing to train on",
+        "step    4  gated 1",
+    ]
+
+
 def test_a_metric_that_is_none_is_not_in_the_step_line(tmp_path, capsys):
     report.log(tmp_path, {"step": 1, "optim/grad_norm": None})
     assert capsys.readouterr().out == "step    1\n"
