@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     about = "fixed:N or lognormal:MEAN:MAX response tokens (rollout: as the model ends them)"
     parser.add_argument("--lengths", type=lengths, metavar="LENGTHS", help=about)
     flags.choice(parser, "--shape", list(SHAPES), "update: shape of the model")
+    flags.number(parser, "--vocabulary", flags.COUNT, None, "update: words (those of the shape)")
     flags.number(parser, "--sequences", flags.COUNT, 64, "update: sequences, an even number")
     flags.number(parser, "--prompt-tokens", flags.COUNT, 64, "update: tokens of each prompt")
     flags.number(parser, "--generate-batch", flags.COUNT, 64, "rollout: batch of generate")
@@ -334,6 +335,7 @@ def update_benchmark(bench, rest: list[str]) -> None:
     longest = bench.prompt_tokens + bench.lengths[2]
     device = distributed.init_process_group()
     shape = dict(zip(CONFIG_KEYS, SHAPES[bench.shape]))
+    shape["vocab_size"] = bench.vocabulary or shape["vocab_size"]
     config = AutoConfig.for_model(**shape, max_position_embeddings=longest)
     with tempfile.TemporaryDirectory() as folder:
         with device:

@@ -91,7 +91,7 @@ class Comparison:
         arm, out = ARMS[label], self.directory(label, seed)
         command = [*TORCHRUN, report.REPOSITORY / "train_hpt.py", f"@{flags.TOY_ARGS}"]
         command += ["--method", arm.method, "--gamma", arm.gamma, "--seed", seed, "--out", out]
-        command += ["--eval-every", self.steps // 2]
+        command += ["--eval-every", self.steps // 2, "--eval-samples", 8, "--lr", 1e-4]
         if arm.longer_sums:
             command += ["--data", self.folder / "longer.jsonl"]
             command += ["--eval-data", self.folder / "longer_held_out.jsonl"]
