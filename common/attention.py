@@ -102,4 +102,6 @@ def use_packed(lm) -> bool:
         AttentionInterface.register(NAME, packed_attention)
         AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # no mask is made
         lm.set_attn_implementation(NAME)
+    elif getattr(lm.config, "attn_logit_softcapping", None):
+        lm.set_attn_implementation("eager")  # transformers' default would drop the soft-cap
     return can_pack

@@ -97,6 +97,17 @@ def test_a_model_that_would_leak_keeps_its_own_attention(family):
     assert lm.config._attn_implementation == before
 
 
+def test_a_soft_cap_is_not_dropped_where_a_model_cannot_pack():
+    """transformers' sdpa attention leaves it out without a word."""
+    for settings, wanted in ((FAMILIES["gemma2"], "eager"), ({}, "sdpa")):
+        lm = a_model("gemma2", {"query_pre_attn_scalar": 8} | settings)
+        lm.set_attn_implementation("sdpa")
+        lm.config.attn_logit_softcapping = settings.get("attn_logit_softcapping")
+        lm.config.layer_types = ["full_attention", "linear_attention"]
+        assert not attention.use_packed(lm)
+        assert lm.config._attn_implementation == wanted
+
+
 def test_the_soft_cap_and_the_window_matter_here():
     """Negative control: without them the states of Gemma 2 are others."""
     settings = FAMILIES["gemma2"]
