@@ -240,12 +240,14 @@ def usage_of(rank: int) -> dict:
     """What a rank holds now."""
     status = Path(f"/proc/{rank}/status").read_text()
     values = dict(line.split(":", 1) for line in status.splitlines())
+    maps = Path(f"/proc/{rank}/maps").read_text().splitlines()
+    shared = {line.split()[-1] for line in maps if "/dev/shm/" in line}
     return {
         "memory, MB": int(values["VmRSS"].split()[0]) / 1024,
         "open files": len(list(Path(f"/proc/{rank}/fd").iterdir())),
         "threads": int(values["Threads"]),
         "processes": len(descendants(rank)),
-        "files in /dev/shm": len(list(Path("/dev/shm").iterdir())),
+        "files in /dev/shm": len(shared),
     }
 
 
