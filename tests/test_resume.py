@@ -158,7 +158,7 @@ def run(base):
             process.start()
             processes.append(process)
         for process in processes:
-            process.join(60)
+            process.join(200)
             assert process.exitcode is not None, log.read_text()
             if process.exitcode:
                 break
@@ -383,21 +383,27 @@ def test_ranks_find_each_other_after_a_restart(tmp_path):
     """torchrun with a given port keeps one store for all attempts, with the dead ranks in it."""
     program = tmp_path / "rank.py"
     program.write_text(
-        "import os, sys\n"
+        "import os, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from common import distributed\n"
         "distributed.init_process_group()\n"
         "distributed.share_work([1, 2], lambda share: share)\n"
-        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':\n"
+        "attempt, rank = os.environ['TORCHELASTIC_RESTART_COUNT'], os.environ['RANK']\n"
+        "if attempt == '0' and rank == '1':\n"
         "    os.kill(os.getpid(), 9)\n"
+        # A rank that ends takes its connections with it: each waits until the other has all.
+        f"os.chdir({str(tmp_path)!r})\n"
+        "open(attempt + rank, 'w').close()\n"
+        "while not all(os.path.exists(attempt + other) for other in '01'):\n"
+        "    time.sleep(0.05)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     more = ["--max-restarts=1", f"--master-port={distributed.free_port()}", program]
-    done = subprocess.run([*torchrun, *more], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*torchrun, *more], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=100):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
