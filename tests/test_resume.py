@@ -386,9 +386,11 @@ def test_ranks_find_each_other_after_a_restart(tmp_path):
         "import os, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from common import distributed\n"
+        "attempt, rank = os.environ['TORCHELASTIC_RESTART_COUNT'], os.environ['RANK']\n"
+        # The other rank looks for the address of rank 1 before rank 1 gives its new one.
+        "time.sleep(5 if attempt + rank == '11' else 0)\n"
         "distributed.init_process_group()\n"
         "distributed.share_work([1, 2], lambda share: share)\n"
-        "attempt, rank = os.environ['TORCHELASTIC_RESTART_COUNT'], os.environ['RANK']\n"
         "if attempt == '0' and rank == '1':\n"
         "    os.kill(os.getpid(), 9)\n"
         # A rank that ends takes its connections with it: each waits until the other has all.
