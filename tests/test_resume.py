@@ -379,26 +379,36 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
     wait_for(lambda: not rank.exists() or rank.read_text().split(")")[-1].split()[0] == "Z")
 
 
+RESTARTED = """
+import os, sys, time
+import torch.distributed
+sys.path.insert(0, {root!r})
+os.chdir({folder!r})
+from common import distributed
+
+attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+other = "1" if rank == "0" else "0"
+
+def meet(what, seconds=0):
+    open(what + attempt + rank, "w").close()
+    while not os.path.exists(what + attempt + other):
+        time.sleep(0.05)
+    time.sleep(seconds)
+
+# In the second attempt, rank 0 looks for the address of rank 1 before rank 1 gives its new one.
+meet("begin", seconds=3 if attempt + rank == "11" else 0)
+distributed.init_process_group()
+distributed.share_work([1, 2], lambda share: share)
+if attempt + rank == "01":
+    os.kill(os.getpid(), 9)
+meet("end")  # a rank that ends takes its connections with it
+"""
+
+
 def test_ranks_find_each_other_after_a_restart(tmp_path):
     """torchrun with a given port keeps one store for all attempts, with the dead ranks in it."""
     program = tmp_path / "rank.py"
-    program.write_text(
-        "import os, sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from common import distributed\n"
-        "attempt, rank = os.environ['TORCHELASTIC_RESTART_COUNT'], os.environ['RANK']\n"
-        # The other rank looks for the address of rank 1 before rank 1 gives its new one.
-        "time.sleep(5 if attempt + rank == '11' else 0)\n"
-        "distributed.init_process_group()\n"
-        "distributed.share_work([1, 2], lambda share: share)\n"
-        "if attempt == '0' and rank == '1':\n"
-        "    os.kill(os.getpid(), 9)\n"
-        # A rank that ends takes its connections with it: each waits until the other has all.
-        f"os.chdir({str(tmp_path)!r})\n"
-        "open(attempt + rank, 'w').close()\n"
-        "while not all(os.path.exists(attempt + other) for other in '01'):\n"
-        "    time.sleep(0.05)\n"
-    )
+    program.write_text(RESTARTED.format(root=str(ROOT), folder=str(tmp_path)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     more = ["--max-restarts=1", f"--master-port={distributed.free_port()}", program]
     done = subprocess.run([*torchrun, *more], capture_output=True, text=True, timeout=300)
