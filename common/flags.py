@@ -127,7 +127,7 @@ def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
             words = [f"@{TOY_ARGS}", *words]
         args = parser.parse_args(parser.expand(words))
         check_training(parser, args)
-    if argv is None:  # this is the program itself, and its slow imports come next
+    if argv is None:  # the program goes on with slow imports
         interrupt.during_imports()
     return args
 
@@ -138,7 +138,7 @@ def parse_evaluation_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser = evaluation_parser()
         args = parser.parse_args(parser.expand(sys.argv[1:] if argv is None else argv))
         check_evaluation(parser, args)
-    if argv is None:  # this is the program itself, and its slow imports come next
+    if argv is None:  # the program goes on with slow imports
         interrupt.during_imports()
     return args
 

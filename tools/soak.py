@@ -30,6 +30,7 @@ KINDS = {  # what is ended, with which signal
     "SIGTERM to torchrun": ("torchrun", signal.SIGTERM),
 }
 LOGS = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")
+AT_START = 0.2  # of the times count from the start, the others from the first step
 PATIENCE = 60  # seconds within which all processes of a run must have ended
 
 
@@ -44,7 +45,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=300, help="of each run (%(default)s)")
     parser.add_argument("--save-every", type=int, default=5, help="steps (%(default)s)")
     parser.add_argument("--ranks", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--longest", type=float, default=30, help="seconds to live (%(default)s)")
+    parser.add_argument("--longest", type=float, default=12, help="seconds to live (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     parser.add_argument("--out", default="runs/soak", help="a new directory (%(default)s)")
     args = parser.parse_args(argv)
@@ -66,6 +67,8 @@ def soak(out: Path, straight: Path, args) -> list[str]:
         folder, kind = out / f"run_{run}", draw.choice(list(KINDS))
         process, begun = start(folder, args), time.time()
         seconds = draw.uniform(0, args.longest) if len(kills) < args.kills else None
+        if draw.random() > AT_START:
+            wait_for_steps(process, folder, begun)
         if not wait(process, seconds):
             faults += end(process, kind, folder)
             kills.append(describe(kind, folder, begun, args.steps))
@@ -91,8 +94,7 @@ def describe(kind: str, folder: Path, begun: float, steps: int) -> dict:
 
     begun: the time at which the process began; steps: of the whole run.
     """
-    metrics = folder / "metrics.jsonl"
-    if not metrics.exists() or metrics.stat().st_mtime < begun:
+    if not has_begun(folder, begun):
         return {"kind": kind, "when": "while it started", "repeated": None}
     saving = any(path.is_dir() for path in folder.glob("*.partial"))
     saved = steps if newest(folder) == "final" else int(newest(folder).removeprefix("step_"))
@@ -134,6 +136,18 @@ def wait(process: subprocess.Popen, seconds: float | None) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return True
+
+
+def wait_for_steps(process: subprocess.Popen, folder: Path, begun: float) -> None:
+    """Wait until a run that began at a time has written a line, or has ended."""
+    while not (has_begun(folder, begun) or wait(process, 0.1)):
+        pass
+
+
+def has_begun(folder: Path, begun: float) -> bool:
+    """Whether a run has changed its metrics since a time."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_mtime > begun
 
 
 def end(process: subprocess.Popen, kind: str, folder: Path) -> list[str]:
@@ -226,12 +240,14 @@ def usage_of(rank: int) -> dict:
     """What a rank holds now."""
     status = Path(f"/proc/{rank}/status").read_text()
     values = dict(line.split(":", 1) for line in status.splitlines())
+    maps = Path(f"/proc/{rank}/maps").read_text().splitlines()
+    shared = {line.split()[-1] for line in maps if "/dev/shm/" in line}
     return {
         "memory, MB": int(values["VmRSS"].split()[0]) / 1024,
         "open files": len(list(Path(f"/proc/{rank}/fd").iterdir())),
         "threads": int(values["Threads"]),
         "processes": len(descendants(rank)),
-        "files in /dev/shm": len(list(Path("/dev/shm").iterdir())),
+        "files in /dev/shm": len(shared),
     }
 
 
