@@ -103,6 +103,13 @@ def test_a_peer_that_is_not_installed_gets_a_sentence(monkeypatch):
         bench.main(["step", "--peer", "trl"])
 
 
+@pytest.mark.parametrize("line", [["rollout"], ["step", "--peer", "trl"]])
+def test_what_compares_single_processes_refuses_torchrun(line, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="leave out torchrun"):
+        bench.main(line)
+
+
 def test_the_shape_of_the_toy_is_the_toys():
     config = json.loads((ROOT / "toy/base/config.json").read_text())
     assert tuple(config[key] for key in bench.CONFIG_KEYS) == bench.SHAPES["toy"]

@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     about = "step: sequences per forward pass of the peer (all of an optimizer step)"
     parser.add_argument("--peer-batch", type=flags.COUNT, metavar="N", help=about)
     bench, rest = parser.parse_known_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (bench.what == "rollout" or bench.peer):
+        raise SystemExit("error: rollout and --peer compare single processes: leave out torchrun")
     BENCHMARKS[bench.what](bench, rest)
 
 
@@ -140,7 +142,9 @@ def show_machine(title: str) -> None:
     device = platform.machine()
     with contextlib.suppress(OSError, IndexError):
         device = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     device += f", {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads"
+    device += f", {memory:.0f} GB"
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()}, {device}"
     versions = report.versions_and_commit()
@@ -192,21 +196,23 @@ def start(rest: list[str]) -> Run:
 
 def rollout_benchmark(bench, rest: list[str]) -> None:
     """Tokens/s of the sampler, of LLM.generate, and with --lengths of transformers' generate."""
+    import train_hpt
+
     if bench.lengths:
         longest = bench.lengths[2]
         if not flags.has_flag("--model", rest):  # the toy has 256 positions
             rest = [*rest, "--max-position-embeddings", str(256 + longest)]
         rest = [*rest, "--max-response-tokens", str(longest)]
     run = start(rest)
-    import train_hpt
-
-    args, sampler, limits = run.args, run.sampler, None
+    sampler, limits = run.sampler, None
+    # Every method samples alike; this one never takes a rollout away for a demonstration.
+    args = argparse.Namespace(**vars(run.args) | {"method": "hpt"})
     problems = train_hpt.draw(run.inputs.problems, 1, args.prompts_per_step, args.seed)
     if bench.lengths:  # a request per response, since each has a limit of its own
         problems = [problem for problem in problems for _ in range(args.samples_per_prompt)]
-        args = argparse.Namespace(**vars(args) | {"samples_per_prompt": 1, "method": "hpt"})
+        args.samples_per_prompt = 1
         limits = draw_lengths(bench.lengths, len(problems), args.seed)
-    show_machine(f"rollouts of {args.model}, {args.prompts_per_step} prompts")
+    show_machine(f"rollouts of {args.model}, {len(problems)} x {args.samples_per_prompt}")
     requests, sampled = [], {}
 
     def ours():
@@ -323,7 +329,7 @@ def generate_of_transformers(run: Run, problems: list, limits: list[int], batch_
 def update_benchmark(bench, rest: list[str]) -> None:
     """Tokens/s, FLOP/s and memory of the update on random weights, against a plain pass."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import train_hpt
     from common import distributed, metrics, model
@@ -338,11 +344,7 @@ def update_benchmark(bench, rest: list[str]) -> None:
     shape["vocab_size"] = bench.vocabulary or shape["vocab_size"]
     config = AutoConfig.for_model(**shape, max_position_embeddings=longest)
     with tempfile.TemporaryDirectory() as folder:
-        with device:
-            torch.manual_seed(0)
-            lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        lm.save_pretrained(folder)
-        del lm
+        folder = write_random_model(config, folder, device)
         # The learning rate is next to 0, so that every round has the same work.
         rest = ["--model", folder, "--data", "none", "--lr", "1e-12", *rest]
         args = flags.parse_training_args([*rest, "--max-response-tokens", str(longest)])
@@ -382,6 +384,23 @@ def update_benchmark(bench, rest: list[str]) -> None:
     results = take_turns(bench.rounds, sides)
     show_update(results, held, sequences, config, policy.num_parameters())
     torch.distributed.destroy_process_group()
+
+
+def write_random_model(config, folder: str, device) -> str:
+    """Write random weights on rank 0; return their folder, on every rank of this machine."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from common import distributed
+
+    if distributed.rank() == 0:
+        torch.manual_seed(0)
+        with device:  # it is slow to draw many numbers on a CPU
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        lm.save_pretrained(folder)
+    message = [folder]
+    torch.distributed.broadcast_object_list(message)
+    return message[0]
 
 
 def random_sequences(bench, vocab_size: int) -> list[tuple[list[int], list[int]]]:
@@ -655,12 +674,14 @@ def show_steps(results: dict[str, list[dict]]) -> None:
         medians[side] = show_figure("a step", [step["seconds"] for step in steps], "s")
         lengths = [length for step in steps for length in step["lengths"]]
         groups = [group for step in steps for group in step["rewards"]]
-        without = statistics.fmean(len(set(group)) == 1 for group in groups)
-        reward = statistics.fmean(value for group in groups for value in group)
-        show(
-            f"  responses: mean {statistics.fmean(lengths):.1f} tokens, longest {max(lengths)}; "
-            f"mean reward {reward:.3f}; in {without:.0%} of the groups all rewards are equal"
-        )
+        if lengths:  # else the method samples nothing
+            without = statistics.fmean(len(set(group)) == 1 for group in groups)
+            reward = statistics.fmean(value for group in groups for value in group)
+            mean = statistics.fmean(lengths)
+            show(
+                f"  responses: mean {mean:.1f} tokens, longest {max(lengths)}; "
+                f"mean reward {reward:.3f}; all rewards of a group are equal in {without:.0%}"
+            )
     middle = sorted(results["ours"], key=lambda step: step["seconds"])[len(results["ours"]) // 2]
     show("parts of our step: in the step of median length, which they add up to; the medians")
     for name, seconds in middle["parts"].items():
