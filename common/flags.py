@@ -504,6 +504,11 @@ def add_model_flags(parser: Parser) -> None:
         None,
         "replaces the config's value; the paper: 16384 for Qwen2.5-Math",
     )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model, with all your rights (never)",
+    )
 
 
 SOURCES = ".jsonl, .json, .parquet, or hub NAME:CONFIG:SPLIT"

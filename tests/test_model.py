@@ -114,6 +114,7 @@ def flags_of(directory, critic=None):
     return SimpleNamespace(
         model=directory,
         critic=critic,
+        trust_remote_code=False,
         temperature=0.7,
         gradient_checkpointing=True,
         lr=0.1,
