@@ -85,7 +85,7 @@ def main(args) -> None:
         settings = describe(args, config, test_sets)
         for test in test_sets:
             if test.note and my_rank == 0:
-                print(f"{test.name}: {test.note}", flush=True)
+                report.say(f"{test.name}: {test.note}")
         with evaluation_directory(args, settings) as out:
             recorded = read_generations(out)
 
@@ -538,7 +538,7 @@ def compare(path_a: str, path_b: str, out: str | None = None) -> None:
     if pass_curves:
         curves.pass_at_k(pass_curves, out / "pass.png")
         files += ", pass.png"
-    print(f"{text}\n\n{out}: {files}")
+    report.say(f"{text}\n\n{out}: {files}")
 
 
 def read_evaluation(path: str) -> Evaluation:

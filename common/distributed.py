@@ -6,14 +6,20 @@ its flags before it pays for slow imports.
 """
 
 import contextlib
+import datetime
 import hashlib
 import io
 import math
 import os
 import random
-import socket
 import sys
 import time
+import traceback
+
+# How long a rank waits for the others. It must be longer than one may be busy while another is
+# done: with its share of a large evaluation, or of slow grading. A rank that ends is noticed at
+# once, whatever this says: its connections close, and torchrun ends the other ranks.
+TIMEOUT = datetime.timedelta(hours=12)
 
 
 def derive_seed(*key) -> int:
@@ -35,25 +41,21 @@ def init_process_group():
     import torch.distributed as dist
 
     gpu = torch.cuda.is_available()
-    if "RANK" not in os.environ:
+    joining = {}  # torchrun's environment says how
+    if "MASTER_ADDR" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
         os.environ |= {name: str(value) for name, value in single.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+        # A store inside this process. torch's own would listen on every interface.
+        joining = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if os.environ.get("MASTER_ADDR", "localhost") in ("127.0.0.1", "localhost"):
         # All ranks are on one machine: their traffic need not leave it.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, **joining)
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nothing uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def rank() -> int:
@@ -121,6 +123,33 @@ def progress_bar(label: str | None, total: int | None = None, initial: int = 0, 
     return tqdm(items, label, total, leave=False, initial=initial, disable=hidden)
 
 
+def printable(text: str) -> str:
+    """A text with its control characters spelled out, line breaks aside: \\x1b for an escape.
+
+    What a model, a data set or an error message says may hold sequences that rewrite the screen,
+    retitle the window or type into the shell. No such text is printed without this.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def print_uncaught(kind, error, traceback_) -> None:
+    """What Python calls for an error that nothing has caught, once this module is imported.
+
+    An interruption, which may come in the middle of the slow imports, gets a word; any other error
+    gets its traceback, without control characters.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        lines = traceback.format_exception(kind, error, traceback_)
+        print(printable("".join(lines)), end="", file=sys.stderr)
+
+
+sys.excepthook = print_uncaught
+
+
 @contextlib.contextmanager
 def one_failure_message(quiet: bool = False):
     """Around a program under torchrun: if every rank fails with the same message, print it once.
@@ -139,4 +168,6 @@ def one_failure_message(quiet: bool = False):
     except SystemExit as stop:
         if my_rank and stop.code:
             time.sleep(10)
+        if isinstance(stop.code, str):
+            stop.code = printable(stop.code)
         raise

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
-from common.distributed import one_failure_message
+from common.distributed import one_failure_message, printable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOY_ARGS = REPOSITORY / "toy" / "toy.args"
@@ -161,7 +161,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Print the usage and a sentence, and end the program; argparse calls this."""
-        super().error(self.place + message)
+        super().error(printable(self.place + message))
 
     def expand(self, words: list[str]) -> list[str]:
         """Return a command line with each @FILE replaced by the flags in the file."""
