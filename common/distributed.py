@@ -9,16 +9,21 @@ import contextlib
 import datetime
 import hashlib
 import io
+import ipaddress
 import math
 import os
 import random
+import socket
 import sys
 import time
 import traceback
 
-# How long a rank waits for the others. It must be longer than one may be busy while another is
-# done: with its share of a large evaluation, or of slow grading. A rank that ends is noticed at
-# once, whatever this says: its connections close, and torchrun ends the other ranks.
+# How long a rank waits for the others at the start, where one that has failed on another machine is
+# not noticed.
+TIME_TO_JOIN = datetime.timedelta(minutes=15)
+# How long it waits later. It must be longer than one may be busy while another is done: with its
+# share of a large evaluation, or of slow grading. A rank that ends is noticed at once, whatever
+# this says: its connections close.
 TIMEOUT = datetime.timedelta(hours=12)
 
 
@@ -36,7 +41,11 @@ def shuffled(n: int, *key) -> list[int]:
 
 
 def init_process_group():
-    """Join torchrun's process group, or make one of a single process; return the device."""
+    """Join torchrun's process group, or make one of a single process; return the device.
+
+    Raises:
+        SystemExit: --master-addr is no address at which other machines can reach this one.
+    """
     import torch
     import torch.distributed as dist
 
@@ -47,15 +56,52 @@ def init_process_group():
         os.environ |= {name: str(value) for name, value in single.items()}
         # A store inside this process. torch's own would listen on every interface.
         joining = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if os.environ.get("MASTER_ADDR", "localhost") in ("127.0.0.1", "localhost"):
-        # All ranks are on one machine: their traffic need not leave it.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    choose_network()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, **joining)
+    dist.init_process_group(backend, timeout=TIME_TO_JOIN, **joining)
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT)
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def choose_network() -> None:
+    """Say where Gloo and vLLM listen: on loopback, or where the other machines reach this one.
+
+    Left alone, both take the address of this machine's name, which is often a loopback address.
+    Values that the user has set are kept.
+    """
+    address = "127.0.0.1"  # the traffic of ranks on one machine need not leave it
+    if os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
+        master = os.environ["MASTER_ADDR"]
+        address = address_towards(master)
+        if ipaddress.ip_address(address).is_loopback and "LOCAL_WORLD_SIZE" in os.environ:
+            raise SystemExit(
+                f"error: --master-addr {master} is an address of this machine alone, {address}: "
+                "give the one at which the other machines reach it"
+            )
+    name = interface_of(address)
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("VLLM_HOST_IP", address)
+
+
+def address_towards(host: str) -> str:
+    """The address of this machine in the network in which it reaches a host."""
+    family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # of a datagram socket: nothing is sent
+        return probe.getsockname()[0]
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has an address, as "lo"."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in [known.address.partition("%")[0] for known in addresses]:
+            return name
+    return None
 
 
 def rank() -> int:
