@@ -68,12 +68,14 @@ def main(args) -> None:
     # 1. Read the benchmarks; check everything that can be wrong before an engine starts.
     check_vllm()
     config, tokenizer = data.load_config_and_tokenizer(
-        args.model, args.rope_theta, args.max_position_embeddings
+        args.model, args.rope_theta, args.max_position_embeddings, args.trust_remote_code
     )
     test_sets = load_test_sets(args, tokenizer)
     longest_prompt = max(len(p["prompt_ids"]) for test in test_sets for p in test.problems)
     data.check_context(config, longest_prompt, args.max_response_tokens)
-    data.check_weights(args.model, config)
+    for test in test_sets:
+        data.check_vocabulary(args.model, config, tokenizer, test.problems)
+    data.check_weights(args.model, config, args.trust_remote_code)
 
     # The verifier's worker processes start first, before this process holds threads or a GPU.
     with reward.Verifier(function=args.reward) as verifier:
@@ -83,7 +85,7 @@ def main(args) -> None:
         settings = describe(args, config, test_sets)
         for test in test_sets:
             if test.note and my_rank == 0:
-                print(f"{test.name}: {test.note}", flush=True)
+                report.say(f"{test.name}: {test.note}")
         with evaluation_directory(args, settings) as out:
             recorded = read_generations(out)
 
@@ -217,7 +219,7 @@ def load_test_sets(args, tokenizer) -> list[TestSet]:
             problems, tokenizer, args.template, args.system_prompt, math.inf, math.inf
         )
         samples = data.paper_samples(name) if args.paper else args.samples
-        note = data.changes(problems, args.template, args.system_prompt)
+        note = data.changes(tokenized, args.template, args.system_prompt)
         test_sets.append(TestSet(name, tokenized, samples, note.removeprefix(", ")))
     return test_sets
 
@@ -437,6 +439,7 @@ def start_sampler(args, longest_prompt: int, end_token_ids: list[int] | None = N
         tensor_parallel=args.tensor_parallel,
         end_token_ids=end_token_ids,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        trust_remote_code=args.trust_remote_code,
         seed=args.seed,
     )
 
@@ -535,7 +538,7 @@ def compare(path_a: str, path_b: str, out: str | None = None) -> None:
     if pass_curves:
         curves.pass_at_k(pass_curves, out / "pass.png")
         files += ", pass.png"
-    print(f"{text}\n\n{out}: {files}")
+    report.say(f"{text}\n\n{out}: {files}")
 
 
 def read_evaluation(path: str) -> Evaluation:

@@ -63,6 +63,7 @@ class Sampler:
         gpu_memory_utilization: the share of the GPU's memory that the engine takes while awake.
             Build the sampler before the trainer takes memory.
         max_num_seqs: how many responses the engine computes at a time.
+        trust_remote_code: whether Python files that come with the model may be run.
         seed: of the engine. Samples depend on the seeds given to `generate` alone.
 
     The engine computes in float32 on a CPU and in bfloat16 on a GPU.
@@ -81,6 +82,7 @@ class Sampler:
         end_token_ids: list[int] | None = None,
         gpu_memory_utilization: float = 0.5,
         max_num_seqs: int = 256,
+        trust_remote_code: bool = False,
         seed: int = 0,
     ):
         if distributed.world_size() % tensor_parallel:
@@ -120,6 +122,8 @@ class Sampler:
             distributed_executor_backend="external_launcher" if under_torchrun else None,
             logprobs_mode="processed_logprobs",  # after temperature and top-p
             gpu_memory_utilization=gpu_memory_utilization,
+            load_format="safetensors",  # never a pickled file, which can run code when it is read
+            trust_remote_code=trust_remote_code,
             seed=seed,
             disable_log_stats=True,
             # Else the model's own default temperature, top-k and so on would bias the samples.

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import upge
-from common import distributed, probe
+from common import probe
 from common.metrics import Counts
 from common.model import Critic, Policy
 from rollout import Rollout
@@ -528,12 +528,12 @@ class Case(NamedTuple):
     probe: bool = False
 
 
-def gradient_on_ranks(rank, world, port, cases, path):
+def gradient_on_ranks(rank, world, cases, path):
     """In a process of its own: the trainer's gradient of each case and of the critic, to `path`."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    store = f"file://{path}.{world}-ranks"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     lm, cpu = tiny_lm(), torch.device("cpu")
     for block in lm.model.layers:
         fully_shard(block)
@@ -669,8 +669,7 @@ def gradients(request, by_ranks):
 
 def gradients_of(world, path):
     """{case: flat gradient}; the value loss is "critic", what the probe measured is "probe"."""
-    port = distributed.free_port()
-    spawn(gradient_on_ranks, world, port, list(CASES.values()), path, processes=world)
+    spawn(gradient_on_ranks, world, list(CASES.values()), path, processes=world)
     gradients = {}
     for case, result in zip([*CASES, "critic"], torch.load(path), strict=True):
         seen = {name: value for name, value in result.items() if name.startswith("probe/")}
@@ -956,14 +955,14 @@ def step_with_known_values(shuffled=False):
     return prompts
 
 
-def fit_critic(rank, port, path):
+def fit_critic(rank, path):
     """In a process of its own: the critic's explained variance on fresh rollouts.
 
     Before PPO's critic updates, after them, and on shuffled rewards.
     """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=rank, world_size=1)
     critic = fully_shard(Critic(tiny_critic().float()))
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
     settings = {"gae_gamma": 1.0, "gae_lambda": 1.0, "tokens_per_microbatch": 512}
@@ -989,7 +988,7 @@ def fit_critic(rank, port, path):
 
 
 def test_ppo_critic_fits_a_known_value_function(tmp_path):
-    spawn(fit_critic, distributed.free_port(), tmp_path / "fit.pt")
+    spawn(fit_critic, tmp_path / "fit.pt")
     before, after, shuffled = torch.load(tmp_path / "fit.pt")
     assert before < 0.1
     assert after == pytest.approx(5 / 6, abs=0.05)  # all that can be known: five states of six

@@ -669,7 +669,7 @@ def load_inputs(args, method: Method) -> Inputs:
     """Read and check config, tokenizer and data. Bad input ends in a SystemExit of one sentence."""
     rollout.check_vllm()
     config, tokenizer = data.load_config_and_tokenizer(
-        args.model, args.rope_theta, args.max_position_embeddings
+        args.model, args.rope_theta, args.max_position_embeddings, args.trust_remote_code
     )
     data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
     if needs_critic(method):
@@ -682,7 +682,8 @@ def load_inputs(args, method: Method) -> Inputs:
         held_out, held_out_left_out = data.load_fitting_problems(
             args, args.eval_data, tokenizer, flag="--eval-data"
         )
-    data.check_weights(args.model, config)
+    data.check_vocabulary(args.model, config, tokenizer, problems + held_out)
+    data.check_weights(args.model, config, args.trust_remote_code)
     end_token_ids = data.end_token_ids(args.model, config, tokenizer)
     return Inputs(tokenizer, config, problems, left_out, held_out, held_out_left_out, end_token_ids)
 
@@ -709,6 +710,7 @@ def start(args, method: Method, inputs: Inputs, memory: plan.MemoryPlan):
         end_token_ids=inputs.end_token_ids,
         gpu_memory_utilization=args.gpu_memory_utilization or memory.utilization,
         max_num_seqs=memory.concurrent,
+        trust_remote_code=args.trust_remote_code,
         seed=args.seed,
     )
     sampler.sleep()

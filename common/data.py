@@ -35,6 +35,9 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 # The paper's prompt for Llama-3.1-8B, a base model without a chat template.
 PLAIN = "Question:\n{prompt}\n" + SYSTEM + "\nAnswer:\nLet's think step by step."
 PAPER_DATA = "Elliott/Openr1-Math-46k-8192"  # the paper's training set, on the hub
+# Characters of a problem, all its texts together. A longer one is damage, not a question; to
+# tokenise 100 MB of it would take minutes and more than 6 GB.
+LONGEST_PROBLEM = 1_000_000
 
 
 def fail(where: str, why: str) -> NoReturn:
@@ -146,7 +149,19 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        fail(str(path), f"not UTF-8 text: {error}")
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if not is_utf8(line):
+                fail(f"{path}:{number}", f"not UTF-8 text ({error.reason}): save it as UTF-8")
+        raise
+
+
+def is_utf8(line: bytes) -> bool:
+    """Tell whether bytes are UTF-8 text."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def parse_json(text: str, path: Path, first_line: int = 1):
@@ -156,6 +171,8 @@ def parse_json(text: str, path: Path, first_line: int = 1):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         fail(f"{path}:{line}", f"not JSON: {error.msg} at column {error.colno}")
+    except ValueError:  # of Python's, against numbers that take long to read
+        fail(f"{path}:{first_line}", "a number of thousands of digits")
     except RecursionError:
         fail(f"{path}:{first_line}", "nested too deeply")
 
@@ -364,15 +381,25 @@ def check_text(key: str, value, where: str) -> None:
 def check_level(level, where: str) -> None:
     """End the program unless a level can label a line of a table. "all" labels the last line."""
     is_label = isinstance(level, (str, int, float)) and not isinstance(level, bool)
-    is_nan = level != level
-    if not is_label or is_nan or level == "all":
+    is_finite = isinstance(level, str) or (is_label and abs(level) < math.inf)  # not a nan either
+    if not is_label or not is_finite or level == "all":
         fail(where, f"'level' must be a number or a string, and not 'all', not {level!r:.60}")
 
 
 def check_characters(problem: dict, where: str) -> None:
-    """End the program if a text holds half of a surrogate pair, which cannot be written."""
+    """End the program if a problem is far too long, or holds half of a surrogate pair.
+
+    The latter cannot be written to a file.
+    """
+    text = json.dumps(problem, ensure_ascii=False)
+    if len(text) > LONGEST_PROBLEM:
+        fail(
+            where,
+            f"a problem of {len(text):,} characters, and no model reads more than "
+            f"{LONGEST_PROBLEM:,}: take it out of the data",
+        )
     try:
-        json.dumps(problem, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         fail(where, f"half of a surrogate pair, which is no character: {error}")
 
@@ -464,20 +491,32 @@ def multiple_choice(question: str, texts: list[str], right: int) -> tuple[str, s
 
 
 def load_config_and_tokenizer(
-    model: str, rope_theta: float | None = None, max_position_embeddings: int | None = None
+    model: str,
+    rope_theta: float | None = None,
+    max_position_embeddings: int | None = None,
+    trust_remote_code: bool = False,
 ):
     """Return the Hugging Face config, with the overrides applied, and the tokenizer of a model.
 
-    model: a directory or a hub id.
+    Args:
+        model: a directory or a hub id.
+        trust_remote_code: whether Python files that come with the model may be run. It is given to
+            transformers either way; if it is not, transformers asks on standard input.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     where = f"--model {model}"
     try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of many kinds, since every file of the model may be broken
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            fail(
+                where,
+                "it comes with Python code of its own, which is not run: if you have read that "
+                "code and trust it, add --trust-remote-code",
+            )
         fail(
             where,
             "neither a Hugging Face model directory here nor a model that the hub gives: " + reason,
@@ -541,20 +580,26 @@ def overrides_of(args):
     )
 
 
-def check_weights(model: str, config) -> None:
+def check_weights(model: str, config, trust_remote_code: bool = False) -> None:
     """End the program unless a model directory's weights can be read and fit its config.
 
-    A model on the hub, or one saved as .bin files, is left to the library that reads it.
+    They must be .safetensors: a pickled .bin file can run code when it is read. A model on the hub
+    is left to the libraries that read it, which are told the same.
     """
     folder, where = Path(model), f"--model {model}"
     if not folder.is_dir():
         return
     files = sorted(folder.glob("*.safetensors"))
+    if not files and any(folder.glob("*.bin")):
+        fail(
+            where,
+            "its weights are pickled (.bin), and such a file can run code when it is read: convert "
+            "them to .safetensors where that does no harm, or take a model that has them",
+        )
     if not files:
-        if not any(folder.glob("*.bin")):
-            fail(where, "no .safetensors or .bin file there")
-        return
-    stored, wanted = stored_shapes(files, where), wanted_shapes(config)
+        fail(where, "no .safetensors file there")
+    stored = stored_shapes(files, where)
+    wanted = wanted_shapes(config, where, trust_remote_code)
     if not stored.keys() & wanted.keys():
         return  # names of an older layout, which transformers translates
     for name, shape in wanted.items():
@@ -582,14 +627,39 @@ def stored_shapes(files: list[Path], where: str) -> dict[str, list[int]]:
     return shapes
 
 
-def wanted_shapes(config) -> dict[str, list[int]]:
+def wanted_shapes(config, where: str, trust_remote_code: bool = False) -> dict[str, list[int]]:
     """Return {name: shape} of the parameters of the model that a config describes."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):  # no memory for the parameters
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):  # no memory for the parameters
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of many kinds, since every number of the config may be wrong
+        reason = str(error).splitlines()[0]
+        fail(where, f"no causal language model can be made of its config.json: {reason:.200}")
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_vocabulary(model: str, config, tokenizer, problems: list[dict]) -> None:
+    """End the program if tokenised problems hold a token for which the model has no embedding.
+
+    A tokenizer may know more tokens than the model, as long as no problem uses them. The other way
+    round, a vocabulary that is padded beyond the tokenizer, does no harm.
+    """
+    size = config.get_text_config().vocab_size
+    if max(tokenizer.get_vocab().values()) < size:
+        return
+    for problem in problems:
+        largest = max(problem["prompt_ids"] + problem.get("demo_ids", []))
+        if largest >= size:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            fail(
+                f"--model {model}",
+                f"its tokenizer has a token {largest}, {token!r}, which {problem['prompt']!r:.60} "
+                f"uses, and its vocabulary ends at {size - 1}: do the tokenizer's files belong to "
+                "the model?",
+            )
 
 
 def check_context(config, prompt_tokens: int, max_response_tokens: int) -> None:
@@ -637,7 +707,10 @@ def load_fitting_problems(
 
 
 def changes(problems: list[dict], template: str, system: str) -> str:
-    """Return what was done to problems beyond leaving some out: "" or clauses after a comma."""
+    """Return what one should know of tokenised problems: "" or clauses after a comma.
+
+    It is what was done to them beyond leaving some out, and how many are there more than once.
+    """
     clauses = ""
     own_system = sum("system" in problem for problem in problems)
     if own_system and template == "plain":
@@ -649,6 +722,9 @@ def changes(problems: list[dict], template: str, system: str) -> str:
     boxed = sum("boxed" in problem for problem in problems)
     if boxed:
         clauses += f", {boxed} with the answer boxed at the end of a demonstration without a box"
+    again = len(problems) - len({tuple(problem["prompt_ids"]) for problem in problems})
+    if again:
+        clauses += f", {again} with the prompt of an earlier one"
     return clauses
 
 
@@ -683,6 +759,11 @@ def tokenize(
     for problem, ids, demo_ids in zip(problems, prompts, demonstrations, strict=True):
         with_tokens = problem | {"prompt_ids": ids}
         if "demonstration" in problem:
+            if not demo_ids:
+                fail(
+                    f"the demonstration of {problem['prompt']!r:.60}",
+                    f"nothing but special tokens: {problem['demonstration']!r:.60}",
+                )
             with_tokens["demo_ids"] = [*demo_ids, tokenizer.eos_token_id]
         if len(ids) > max_prompt_tokens:
             long_prompts += 1

@@ -6,8 +6,10 @@ its flags before it pays for slow imports.
 """
 
 import contextlib
+import datetime
 import hashlib
 import io
+import ipaddress
 import math
 import os
 import random
@@ -15,8 +17,17 @@ import signal
 import socket
 import sys
 import time
+import traceback
 
 from common import interrupt
+
+# How long a rank waits for the others at the start, where one that has failed on another machine is
+# not noticed.
+TIME_TO_JOIN = datetime.timedelta(minutes=15)
+# How long it waits later. It must be longer than one may be busy while another is done: with its
+# share of a large evaluation, or of slow grading. A rank that ends is noticed at once, whatever
+# this says: its connections close.
+TIMEOUT = datetime.timedelta(hours=12)
 
 
 def derive_seed(*key) -> int:
@@ -33,37 +44,76 @@ def shuffled(n: int, *key) -> list[int]:
 
 
 def init_process_group():
-    """Join torchrun's process group, or make one of a single process; return the device."""
+    """Join torchrun's process group, or make one of a single process; return the device.
+
+    Raises:
+        SystemExit: --master-addr is no address at which other machines can reach this one.
+    """
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     interrupt.end_with_launcher()
     gpu = torch.cuda.is_available()
-    if "RANK" not in os.environ:
+    alone = "MASTER_ADDR" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone:
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
         os.environ |= {name: str(value) for name, value in single.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
-        # All ranks are on one machine: their traffic need not leave it.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    choose_network()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if alone:  # a store inside this process; torch's own would listen on every interface
+        store, rank, ranks = dist.HashStore(), 0, 1
+    else:  # torchrun's environment says how
+        store, rank, ranks = next(rendezvous("env://", timeout=TIME_TO_JOIN))
     # All attempts of `torchrun --max-restarts` may share a store. Under a prefix of its own, an
     # attempt does not find the addresses of dead ranks there.
-    store, rank, ranks = next(rendezvous("env://"))
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backends = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(backends, store=store, rank=rank, world_size=ranks)
+    dist.init_process_group(
+        backends, timeout=TIME_TO_JOIN, store=store, rank=rank, world_size=ranks
+    )
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT)
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nothing uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def choose_network() -> None:
+    """Say where Gloo and vLLM listen: on loopback, or where the other machines reach this one.
+
+    Left alone, both take the address of this machine's name, which is often a loopback address.
+    Values that the user has set are kept.
+    """
+    address = "127.0.0.1"  # the traffic of ranks on one machine need not leave it
+    if os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
+        master = os.environ["MASTER_ADDR"]
+        address = address_towards(master)
+        if ipaddress.ip_address(address).is_loopback and "LOCAL_WORLD_SIZE" in os.environ:
+            raise SystemExit(
+                f"error: --master-addr {master} is an address of this machine alone, {address}: "
+                "give the one at which the other machines reach it"
+            )
+    name = interface_of(address)
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("VLLM_HOST_IP", address)
+
+
+def address_towards(host: str) -> str:
+    """The address of this machine in the network in which it reaches a host."""
+    family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # of a datagram socket: nothing is sent
+        return probe.getsockname()[0]
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has an address, as "lo"."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in [known.address.partition("%")[0] for known in addresses]:
+            return name
+    return None
 
 
 def rank() -> int:
@@ -131,6 +181,33 @@ def progress_bar(label: str | None, total: int | None = None, initial: int = 0, 
     return tqdm(items, label, total, leave=False, initial=initial, disable=hidden)
 
 
+def printable(text: str) -> str:
+    """A text with its control characters spelled out, line breaks aside: \\x1b for an escape.
+
+    What a model, a data set or an error message says may hold sequences that rewrite the screen,
+    retitle the window or type into the shell. No such text is printed without this.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def print_uncaught(kind, error, traceback_) -> None:
+    """What Python calls for an error that nothing has caught, once this module is imported.
+
+    An interruption, which may come in the middle of the slow imports, gets a word; any other error
+    gets its traceback, without control characters.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        lines = traceback.format_exception(kind, error, traceback_)
+        print(printable("".join(lines)), end="", file=sys.stderr)
+
+
+sys.excepthook = print_uncaught
+
+
 @contextlib.contextmanager
 def one_failure_message(quiet: bool = False):
     """Around a program under torchrun: if every rank fails with the same message, print it once.
@@ -153,4 +230,6 @@ def one_failure_message(quiet: bool = False):
         told_to_stop = stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
         if my_rank and stop.code and not told_to_stop:
             time.sleep(10)
+        if isinstance(stop.code, str):
+            stop.code = printable(stop.code)
         raise

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import interrupt
 from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
-from common.distributed import one_failure_message
+from common.distributed import one_failure_message, printable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOY_ARGS = REPOSITORY / "toy" / "toy.args"
@@ -163,7 +163,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Print the usage and a sentence, and end the program; argparse calls this."""
-        super().error(self.place + message)
+        super().error(printable(self.place + message))
 
     def expand(self, words: list[str]) -> list[str]:
         """Return a command line with each @FILE replaced by the flags in the file."""
@@ -568,6 +568,11 @@ def add_model_flags(parser: Parser) -> None:
         COUNT,
         None,
         "replaces the config's value; the paper: 16384 for Qwen2.5-Math",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model, with all your rights (never)",
     )
 
 

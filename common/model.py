@@ -261,11 +261,20 @@ class Critic(Network):
         return torch.nn.functional.linear(hidden.to(wide), weight, bias).squeeze(-1)
 
 
+def safely(args) -> dict:
+    """How weights are read: from .safetensors alone, without code that comes with the model."""
+    return {
+        "dtype": "auto",
+        "use_safetensors": True,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
 def build_policy(args, config, device) -> Policy:
     """The policy from --model, sharded, with its optimizer."""
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype="auto")
+    lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, **safely(args))
     policy = shard(Policy(lm, args.temperature), args, device)
     policy.check_finite(f"--model {args.model}")
     return policy
@@ -276,12 +285,12 @@ def build_critic(args, config, device) -> Critic:
     from transformers import AutoModelForTokenClassification
 
     if args.critic:  # with its own config, which names the dtype in which it was saved
-        lm = AutoModelForTokenClassification.from_pretrained(args.critic, dtype="auto")
+        lm = AutoModelForTokenClassification.from_pretrained(args.critic, **safely(args))
     else:
         one_value = {"num_labels": 1, "classifier_dropout": 0.0}
         config = type(config).from_dict(config.to_dict() | one_value)
         lm = AutoModelForTokenClassification.from_pretrained(
-            args.model, config=config, dtype="auto"
+            args.model, config=config, **safely(args)
         )
         torch.nn.init.zeros_(lm.score.weight)
         torch.nn.init.zeros_(lm.score.bias)

@@ -117,7 +117,7 @@ def show(args, has_critic: bool) -> None:
     if int(os.environ.get("RANK", 0)):
         return
     config, _ = data.load_config_and_tokenizer(
-        args.model, args.rope_theta, args.max_position_embeddings
+        args.model, args.rope_theta, args.max_position_embeddings, args.trust_remote_code
     )
     data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
     plan = memory_plan(args, config, has_critic, args.plan)
@@ -150,7 +150,7 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     has_gpu = bool(gpu_gigabytes) or torch.cuda.is_available()
     number = 2 if has_gpu else 4  # bytes of a number in which trainer and engine compute
 
-    total, block, outside = count_parameters(config)
+    total, block, outside = count_parameters(config, args.trust_remote_code)
     networks = 2 if has_critic else 1
     gathered = 2 * block + outside  # FSDP holds a block, fetches the next, and keeps the rest
     if ranks == 1 and not has_gpu:
@@ -183,13 +183,13 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     )
 
 
-def count_parameters(config) -> tuple[int, int, int]:
+def count_parameters(config, trust_remote_code: bool = False) -> tuple[int, int, int]:
     """(all, those of one block, those outside of the blocks) of a model, from its config alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # no memory for the parameters
-        lm = AutoModelForCausalLM.from_config(config)
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     total = sum(p.numel() for p in lm.parameters())
     blocks = [m for m in lm.modules() if type(m).__name__ in lm._no_split_modules]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import curves
-from common.distributed import rank, share_work, world_size
+from common.distributed import printable, rank, share_work, world_size
 
 # ------------------------------------------------------------------------------------ 1. Statistics
 
@@ -300,6 +300,16 @@ def without_nan(value):
     return value
 
 
+def say(text: str) -> None:
+    """Print a text in which control characters, of a data set or of a model, are spelled out."""
+    print(printable(text), flush=True)
+
+
+def one_line(value) -> str:
+    """Return a value as text for a cell of a table: without control characters and line breaks."""
+    return printable(str(value)).replace("\n", "\\n")
+
+
 def write_results(path, results: list[dict], **more) -> None:
     """Append results to a .jsonl file, each with the fields of `more` in front."""
     append_jsonl(path, [more | result for result in results])
@@ -307,7 +317,7 @@ def write_results(path, results: list[dict], **more) -> None:
 
 def markdown_table(rows: list[list]) -> list[str]:
     """Return rows of cells, the first row being the head, as the lines of an aligned table."""
-    rows = [[str(cell) for cell in row] for row in rows]
+    rows = [[one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -453,7 +463,7 @@ def print_plan(
     ]
     if "demo_ids" in first:
         lines.append(repr(tokenizer.decode(first["demo_ids"])[:600]))
-    print("\n".join(lines) + "\n", flush=True)
+    say("\n".join(lines) + "\n")
 
 
 def _note_on_single_rollouts(args, n):
@@ -581,7 +591,7 @@ def closing_table(out: Path, args) -> None:
     if int(os.environ.get("RANK", 0)) != 0:  # the process group, and rank() with it, has ended
         return
     if (out / "held_out.jsonl").exists():
-        print("\n".join(_before_and_after(read_jsonl(out / "held_out.jsonl"), args.temperature)))
+        say("\n".join(_before_and_after(read_jsonl(out / "held_out.jsonl"), args.temperature)))
     metrics = read_metrics(out)
     ratios = [ratio for _, ratio in metrics["hpt/offline_ratio"]]
     few = min(5, len(ratios))
@@ -594,7 +604,7 @@ def closing_table(out: Path, args) -> None:
     curves.plot({out.name: metrics}, out / "curves.png")
     for name, what in FILES.items():
         if (out / name).exists():
-            print(f"  {out / name}: {what}")
+            say(f"  {out / name}: {what}")
 
 
 def _before_and_after(rows, temperature):
@@ -612,7 +622,7 @@ def _before_and_after(rows, temperature):
         f"{'level':>8} {'problems':>9} {'before':>14} {'after':>14}",
     ]
     for level, results in before.items():
-        line = f"{level!s:>8} {len(results):>9}"
+        line = f"{one_line(level):>8} {len(results):>9}"
         for part in (results, after[level]):
             score = mean_and_error([accuracy(result) for result in part])
             line += f" {100 * score.mean:>7.1f} +-{100 * score.error:4.1f}"
@@ -658,7 +668,7 @@ def evaluation_table(out: Path, settings: dict, results: dict, timeouts: dict) -
     text = "\n".join(lines)
     (out / "table.md").write_text(text + "\n")
     files = "table.md, results.json, results.jsonl, generations.*.jsonl"
-    print(f"\n{text}\n\n{out}: {files}", flush=True)
+    say(f"\n{text}\n\n{out}: {files}")
 
 
 def means_over_benchmarks(summaries: dict) -> dict:

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import evaluate
 import reward
@@ -15,6 +18,7 @@ import rollout
 import train_hpt
 from common import data, flags, model
 from toy import make
+from upge import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOOD = {"prompt": "1+2", "answer": "3", "demonstration": "1+2+0=3;\\boxed{3}"}
@@ -99,7 +103,7 @@ def refuse(folder, good_data, sentence):
 
 def test_a_model_without_weights(nothing_slow, base, good_data):
     (base / "model.safetensors").unlink()
-    refuse(base, good_data, r"no .safetensors or .bin file")
+    refuse(base, good_data, r"no .safetensors file")
 
 
 def test_a_model_with_other_bytes_as_weights(nothing_slow, base, good_data):
@@ -134,16 +138,142 @@ def test_a_model_without_a_chat_template(nothing_slow, base, good_data):
     refuse(base, good_data, "its tokenizer has no chat template: use --template plain")
 
 
-def test_bin_files_and_unknown_names_are_left_to_the_library_that_reads_them(base):
+def test_names_of_another_layout_are_left_to_the_library_that_reads_them(base):
     config, _ = data.load_config_and_tokenizer(str(base))
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(base / "model.safetensors")
     old_layout = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
     save_file(old_layout, base / "model.safetensors")
     data.check_weights(str(base), config)
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    data.check_weights(str(base), config)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"hidden_size": -1}, "no causal language model can be made of its config.json"),
+        ({"model_type": "clip"}, "no causal language model can be made of its config.json"),
+        ({"model_type": "nonsense"}, "neither a Hugging Face model directory here nor"),
+    ],
+)
+def test_a_config_of_which_no_model_can_be_made(nothing_slow, base, good_data, change, sentence):
+    change_config(base, **change)
+    refuse(base, good_data, sentence)
+
+
+# ---------------------------------------------------------------- models that could run their code
+
+
+class Bomb:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_pickled_weights_are_refused_unread(nothing_slow, base, good_data, tmp_path):
+    (base / "model.safetensors").unlink()
+    torch.save({"w": Bomb(tmp_path / "trace")}, base / "pytorch_model.bin")
+    refuse(base, good_data, r"its weights are pickled \(.bin\).*convert them to .safetensors")
+    args = flags.parse_training_args(["--model", str(base), "--data", good_data, *LIMITS])
+    with pytest.raises(OSError):  # a model on the hub comes as far as this
+        AutoModelForCausalLM.from_pretrained(str(base), **model.safely(args))
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.fixture
+def with_code(base, tmp_path):
+    """A model that comes with Python code. The code makes a file if it is run."""
+    trace = tmp_path / "trace"
+    classes = ["class C(Qwen2Config):", "    model_type = 'mine'"]
+    classes += ["class M(Qwen2ForCausalLM):", "    config_class = C"]
+    imports = ["import pathlib", "from transformers import Qwen2Config, Qwen2ForCausalLM"]
+    lines = [*imports, f"pathlib.Path({str(trace)!r}).touch()", *classes]
+    (base / "own.py").write_text("\n".join(lines) + "\n")
+    auto_map = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
+    change_config(base, model_type="mine", auto_map=auto_map)
+    return base, trace
+
+
+def test_code_of_a_model_is_not_run_whatever_stands_on_standard_input(with_code, good_data):
+    """transformers asks there whether it may, if it has not been told."""
+    base, trace = with_code
+    command = [sys.executable, "train_hpt.py", "--model", base, "--data", good_data, *LIMITS]
+    done = subprocess.run(command, cwd=REPOSITORY, input="y\n" * 9, capture_output=True, text=True)
+    assert done.returncode == 1 and not trace.exists()
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert "its own, which is not run" in done.stderr.strip().splitlines()[-1]
+
+
+def test_code_of_a_model_is_run_if_the_flag_says_so(with_code, good_data):
+    base, trace = with_code
+    words = ["--model", str(base), "--data", good_data, *LIMITS, "--trust-remote-code"]
+    args = flags.parse_training_args(words)
+    inputs = train_hpt.load_inputs(args, METHODS["hpt"])
+    assert trace.exists() and type(inputs.config).__name__ == "C"
+    lm = AutoModelForCausalLM.from_pretrained(base, config=inputs.config, **model.safely(args))
+    assert type(lm).__name__ == "M"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_both_programs_and_the_sampler_are_told(asked, monkeypatch):
+    built = []
+    monkeypatch.setattr(evaluate, "Sampler", lambda *_, **settings: built.append(settings))
+    monkeypatch.setattr(rollout, "Sampler", lambda *_, **settings: built.append(settings) or 1 / 0)
+    words = ["--model", "m", *(["--trust-remote-code"] if asked else [])]
+    evaluate.start_sampler(flags.parse_evaluation_args([*words, "--data", "d.jsonl"]), 8)
+    monkeypatch.setattr(train_hpt.distributed, "init_process_group", lambda: None)
+    inputs = train_hpt.Inputs(*[None] * 7)
+    with pytest.raises(ZeroDivisionError):
+        train_hpt.start(flags.parse_training_args(words), METHODS["hpt"], inputs)
+    assert [settings["trust_remote_code"] for settings in built] == [asked, asked]
+
+
+# ------------------------------------------------------------------ vocabularies of unequal lengths
+
+
+def resize_vocabulary(folder, size):
+    tensors = load_file(folder / "model.safetensors")
+    old = tensors["model.embed_tokens.weight"]
+    new = torch.zeros(size, old.shape[1], dtype=old.dtype)
+    new[: len(old)] = old[:size]
+    tensors["model.embed_tokens.weight"] = new
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, vocab_size=size)
+
+
+def load(folder, data_file):
+    words = ["--model", str(folder), "--data", str(data_file), *LIMITS]
+    return train_hpt.load_inputs(flags.parse_training_args(words), METHODS["hpt"])
+
+
+@pytest.mark.parametrize("key", ["prompt", "demonstration"])
+def test_a_token_beyond_the_vocabulary_is_named(nothing_slow, base, tmp_path, key):
+    """Token 261 is `boxed`. In torch it would end in an IndexError, on a GPU in an abort."""
+    resize_vocabulary(base, 261)
+    row = GOOD | {"demonstration": "3"} | {key: "boxed"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    words = ["--reward", "math:pow"]  # so that no box is added
+    with pytest.raises(SystemExit, match=r"has a token 261, 'boxed', which .* ends at 260"):
+        train(base, tmp_path / "d.jsonl", *words)
+    words = ["--model", str(base), "--data", str(tmp_path / "d.jsonl"), "--template", "plain"]
+    words += LIMITS[2:]
+    with pytest.raises(SystemExit, match=r"has a token 261, 'boxed', which .* ends at 260"):
+        evaluate.main(flags.parse_evaluation_args(words))
+
+
+def test_a_tokenizer_may_know_tokens_that_no_problem_uses(base, tmp_path):
+    resize_vocabulary(base, 261)
+    (tmp_path / "d.jsonl").write_text(json.dumps(GOOD | {"demonstration": "3\\box{3}"}))
+    words = ["--model", str(base), "--data", str(tmp_path / "d.jsonl"), *LIMITS]
+    args = flags.parse_training_args([*words, "--reward", "math:pow"])
+    assert train_hpt.load_inputs(args, METHODS["hpt"]).problems
+
+
+def test_a_vocabulary_may_be_padded_beyond_the_tokenizer(base, good_data):
+    resize_vocabulary(base, 320)
+    assert load(base, good_data).problems
 
 
 def test_ppo_of_a_family_without_a_value_model():

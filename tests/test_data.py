@@ -161,6 +161,8 @@ def test_local_copies_of_the_benchmarks():
             r"bad.jsonl:1: half of a surrogate pair",
         ),
         (["[" * 100_000], r"bad.jsonl:1: nested too deeply"),
+        ([GOOD | {"level": float("inf")}], "not inf"),
+        ([GOOD, '{"other": ' + "9" * 5000 + "}"], r"bad.jsonl:2: a number of thousands of digits"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, rows, sentence):
@@ -180,7 +182,8 @@ def test_an_error_in_json_names_its_line(tmp_path):
     [
         ("a.parquet", b"not parquet", "cannot be read as parquet: "),
         ("a.json", b'{"prompt": 1}', "must hold a list of problems"),
-        ("latin.jsonl", b'{"prompt": "\xe9"}', "not UTF-8 text"),
+        ("latin.jsonl", b'{}\n{"prompt": "\xe9"}', r"latin.jsonl:2: not UTF-8 text"),
+        ("utf16.jsonl", '{"prompt": "1"}'.encode("utf-16"), r"utf16.jsonl:1: not UTF-8 text"),
         ("a.csv", b"prompt,answer", r"a data file ends in .jsonl, .json or .parquet"),
         ("none.jsonl", None, "no such file"),
         (".", None, "a directory; name a file in it"),
@@ -191,6 +194,18 @@ def test_a_bad_file_is_named(tmp_path, name, content, sentence):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
         data.load_problems(tmp_path / name)
+
+
+@pytest.mark.parametrize("key", ["prompt", "answer", "demonstration", "system", "level"])
+def test_a_line_of_100_mb_is_refused_before_it_is_tokenised(key):
+    """To tokenise it took minutes and 6 GB. Any of its texts may be the long one."""
+    row = GOOD | {"system": "s", "level": "a"} | {key: "1 " * 50_000_000}
+    with pytest.raises(SystemExit, match=r"^error: f:7: a problem of 100,000,.* characters"):
+        data.to_problem(row, "f:7", True, {}, True)
+
+
+def test_a_problem_of_300_kb_is_an_ordinary_problem():
+    data.to_problem(GOOD | {"prompt": "1+" * 150_000}, "f:7", True, {}, True)
 
 
 def test_the_flag_that_named_a_source_is_in_the_error(tmp_path):
@@ -490,7 +505,7 @@ def test_held_out_problems_stay_whatever_their_demonstrations(tmp_path, tokenize
 def test_a_sentence_says_what_was_left_out(tmp_path, tokenizer):
     long_prompt, long_demonstration = (
         GOOD | {"prompt": "9" * 50},
-        GOOD | {"demonstration": "9" * 50},
+        GOOD | {"prompt": "2+1", "demonstration": "9" * 50},
     )
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD, long_prompt, long_demonstration])
     args = training_args()
@@ -500,6 +515,23 @@ def test_a_sentence_says_what_was_left_out(tmp_path, tokenizer):
     problems, sentence = data.load_fitting_problems(args, path, tokenizer)
     assert len(problems) == 2
     assert sentence == "1 left out with a prompt over 16 tokens"
+
+
+def test_problems_that_are_there_twice_are_kept_and_counted(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD, GOOD, GOOD | {"answer": "4"}])
+    args = flags.parse_training_args(["--model", "m", "--data", str(path)])
+    problems, sentence = data.load_fitting_problems(args, str(path), tokenizer)
+    assert len(problems) == 3 and sentence.endswith(", 2 with the prompt of an earlier one")
+    _, sentence = data.load_fitting_problems(
+        args, str(write_jsonl(tmp_path / "b.jsonl", [GOOD])), tokenizer
+    )
+    assert "earlier" not in sentence
+
+
+def test_a_demonstration_of_special_tokens_alone_is_refused(tokenizer):
+    problem = GOOD | {"demonstration": "<eos> <eos>"}
+    with pytest.raises(SystemExit, match=r"^error: the demonstration of '1\+2': nothing but spec"):
+        data.tokenize([problem], tokenizer, "plain", "", 1000, 1000)
 
 
 def test_the_flags_choose_template_and_system_message(tmp_path, talkative):

@@ -310,6 +310,7 @@ def test_the_engine_has_the_settings_of_the_flags(monkeypatch):
         "tensor_parallel": 2,
         "end_token_ids": [1, 7],
         "gpu_memory_utilization": 0.8,
+        "trust_remote_code": False,
         "seed": 5,
     }
     assert override.keywords == {"rope_theta": 40000, "max_position_embeddings": None}

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import distributed, model
+from common import model
 from common.model import Critic, Policy
 from test_upge import spawn, tiny_critic, tiny_lm
 from toy import make
@@ -178,6 +178,7 @@ def flags_of(directory, critic=None):
     return SimpleNamespace(
         model=directory,
         critic=critic,
+        trust_remote_code=False,
         temperature=0.7,
         gradient_checkpointing=True,
         lr=0.1,
@@ -196,10 +197,10 @@ def save_bases(folder):
         lm.save_pretrained(folder / name)
 
 
-def build_and_save(rank, port, folder):
+def build_and_save(rank, folder):
     """In two processes: build policy and critic from checkpoints, save them, note what they are."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     cpu, facts = torch.device("cpu"), {}
     for name in ("tied", "untied"):
         config = AutoConfig.from_pretrained(folder / name)
@@ -241,7 +242,7 @@ def saved(tmp_path_factory):
     """The directory of bases and of what was saved, and the facts of each network."""
     folder = tmp_path_factory.mktemp("model")
     save_bases(folder)
-    spawn(build_and_save, distributed.free_port(), folder, processes=2)
+    spawn(build_and_save, folder, processes=2)
     return folder, torch.load(folder / "facts.pt")
 
 

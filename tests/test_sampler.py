@@ -217,6 +217,8 @@ def test_an_engine_with_weights_that_are_not_numbers_is_refused(engine):
         ("logprobs_mode", "processed_logprobs"),
         ("tensor_parallel_size", 1),
         ("distributed_executor_backend", None),
+        ("load_format", "safetensors"),  # pickled weights can run code when they are read
+        ("trust_remote_code", False),
     ],
 )
 def test_an_engine_has_the_settings_of_the_sampler(engine, setting, value):

@@ -501,10 +501,10 @@ def test_a_seed_fits_into_63_bits():
     assert max(seeds) < 2**62 and min(seeds) >= 0 and len(set(seeds)) == 100
 
 
-def totals_on_ranks(rank, port, path):
+def totals_on_ranks(rank, path):
     """In two processes: the totals of different counts."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=2)
     logp = torch.tensor([[-1.0, -2.0]])
     counts = Counts(tokens=float(1 + rank), lr=0.5, advantage_variance=0.3)
     counts.add_mismatch(logp, logp + (0.1 if rank else -0.2))
@@ -520,7 +520,7 @@ def totals_on_ranks(rank, port, path):
 @pytest.fixture(scope="module")
 def totals(tmp_path_factory):
     path = tmp_path_factory.mktemp("totals") / "totals.json"
-    spawn(totals_on_ranks, distributed.free_port(), path, processes=2)
+    spawn(totals_on_ranks, path, processes=2)
     return json.loads(path.read_text())
 
 
