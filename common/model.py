@@ -206,10 +206,14 @@ class Policy(Network):
         logits = wide_logits(self.lm.get_output_embeddings(), hidden)  # (c, V)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = logits / self.temperature
-        logp = logits - logits.logsumexp(-1, keepdim=True)
-        entropy = -(logp.exp() * logp).sum(-1) if with_entropy else None
-        return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        log_total = logits.logsumexp(-1, keepdim=True)  # (c, 1)
+        logp = (logits.gather(-1, targets[:, None]) - log_total).squeeze(-1)
+        if not with_entropy:
+            return logp, None
+        all_logp = logits - log_total  # (c, V)
+        return logp, -(all_logp.exp() * all_logp).sum(-1)
 
 
 def wide_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
@@ -219,7 +223,8 @@ def wide_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
     digits: the sampler does the same (`rollout.prepare_config`), so that both agree.
     """
     if hidden.dtype != torch.bfloat16:
-        return head(hidden)
+        logits = head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = WideProduct.apply(hidden, head.weight)
     return logits if head.bias is None else logits + head.bias.float()
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,8 +226,9 @@ def test_both_programs_and_the_sampler_are_told(asked, monkeypatch):
     evaluate.start_sampler(flags.parse_evaluation_args([*words, "--data", "d.jsonl"]), 8)
     monkeypatch.setattr(train_hpt.distributed, "init_process_group", lambda: None)
     inputs = train_hpt.Inputs(*[None] * 7)
+    memory = SimpleNamespace(utilization=0.5, concurrent=256)
     with pytest.raises(ZeroDivisionError):
-        train_hpt.start(flags.parse_training_args(words), METHODS["hpt"], inputs)
+        train_hpt.start(flags.parse_training_args(words), METHODS["hpt"], inputs, memory)
     assert [settings["trust_remote_code"] for settings in built] == [asked, asked]
 
 

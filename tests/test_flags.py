@@ -376,9 +376,10 @@ TOY_FLAGS = {
     "max_prompt_tokens": 16,
     "max_response_tokens": 112,
     "prompts_per_step": 32,
-    "steps": 60,
-    "eval_every": 10,
-    "lr": 1e-4,
+    "steps": 36,
+    "eval_every": 18,
+    "eval_samples": 2,
+    "lr": 2.5e-4,
     "critic_lr": 1e-3,
     "warmup_steps": 5,
     "tokens_per_microbatch": 2048,
@@ -407,7 +408,7 @@ def test_the_toy_is_its_flags_and_otherwise_the_defaults():
 
 def test_the_toy_can_be_changed_flag_by_flag():
     args = train("--steps", "3", "--eval-data", "x.jsonl")
-    assert (args.steps, args.eval_data, args.lr) == (3, "x.jsonl", 1e-4)
+    assert (args.steps, args.eval_data, args.lr) == (3, "x.jsonl", 2.5e-4)
 
 
 @pytest.mark.parametrize("words", [["--model", "m"], ["--model=m"]])
