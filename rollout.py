@@ -162,11 +162,32 @@ class Sampler:
                 logprobs=0,  # of the sampled token only
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            engine.add_request(str(i), {"prompt_token_ids": ids}, settings)
+            with self.failures_named(prompts, [i]):
+                engine.add_request(str(i), {"prompt_token_ids": ids}, settings)
+        waiting = dict.fromkeys(range(len(prompts)))  # a set in the order of the prompts
         while engine.has_unfinished_requests():
-            for request in engine.step():
-                if request.finished:
-                    yield int(request.request_id), [to_rollout(out) for out in request.outputs]
+            with self.failures_named(prompts, waiting):
+                finished = [request for request in engine.step() if request.finished]
+            for request in finished:
+                i = int(request.request_id)
+                with self.failures_named(prompts, [i]):
+                    responses = [to_rollout(out) for out in request.outputs]
+                del waiting[i]
+                yield i, responses
+
+    @contextlib.contextmanager
+    def failures_named(self, prompts: list, indices: Iterable[int]):
+        """Around what vLLM does for the prompts `indices`: an error names the first of them."""
+        try:
+            yield
+        except Exception as error:
+            first, *others = indices
+            text = self.llm.get_tokenizer().decode(prompts[first])
+            more = f" or at one of the {len(others)} others that it works on" if others else ""
+            raise RuntimeError(
+                f"vLLM failed at request {first} of {len(prompts)}, a prompt of "
+                f"{len(prompts[first])} tokens that begins with {text[:80]!r}{more}: {error}"
+            ) from error
 
     def load(self, named_tensors: Iterable) -> None:
         """Replace the weights, and wake the engine if it sleeps.
@@ -199,8 +220,15 @@ class Sampler:
 
 
 def to_rollout(output) -> Rollout:
-    """A vLLM CompletionOutput as a Rollout. Raises SystemExit if a probability is not a number."""
+    """A vLLM CompletionOutput as a Rollout.
+
+    Raises:
+        SystemExit: a probability is not a number.
+        ValueError: there is not even an end-of-sequence token, as when vLLM gives a request up.
+    """
     ids = list(output.token_ids)
+    if not ids:
+        raise ValueError(f"a response without a token (finish_reason {output.finish_reason})")
     logp = [logprobs[token].logprob for token, logprobs in zip(ids, output.logprobs)]
     if math.isnan(sum(logp)):
         raise SystemExit(

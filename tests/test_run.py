@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_machines import run_on_two_machines, two_machines
 
 from toy import make
 
@@ -199,6 +200,17 @@ def test_two_ranks_sample_the_same_and_have_the_same_gradient(one_rank, easy, tm
         assert got[name] == one_rank[name]
     for name in ("optim/grad_norm", "policy/entropy"):
         assert got[name] == pytest.approx(one_rank[name], rel=1e-5)
+
+
+def test_two_machines_have_the_gradient_of_one_process(one_rank, easy, tmp_path):
+    """The command is the README's; neither Gloo nor vLLM is told anything about the network."""
+    inputs = ["--data", easy, "--model", BASE, *TOY_SIZES, "--out", tmp_path / "out"]
+    with two_machines() as names:
+        ended = run_on_two_machines(names, ROOT / "train_hpt.py", *ONE_UPDATE, *inputs)
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2][-3000:] + ended[1][2][-3000:]
+    got = metrics(tmp_path / "out")[0]
+    assert got["reward/mean"] == one_rank["reward/mean"]
+    assert got["optim/grad_norm"] == pytest.approx(one_rank["optim/grad_norm"], rel=1e-5)
 
 
 # --------------------------------------------------------------------------------- the methods

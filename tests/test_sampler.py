@@ -42,6 +42,9 @@ class StandInEngine:
         self.requests[request_id] = (prompt["prompt_token_ids"], sampling)
         self.waiting.append(request_id)
 
+    def get_tokenizer(self):
+        return SimpleNamespace(decode=lambda ids: "".join(f"<{i}>" for i in ids))
+
     def has_unfinished_requests(self):
         return bool(self.waiting)
 
@@ -162,6 +165,28 @@ def test_every_token_has_the_log_probability_of_that_token():
     logprobs = [{5: SimpleNamespace(logprob=-1.0), 6: other}, {6: SimpleNamespace(logprob=-2.0)}]
     output = SimpleNamespace(token_ids=(5, 6), logprobs=logprobs, finish_reason="stop", text="ab")
     assert rollout.to_rollout(output) == rollout.Rollout([5, 6], [-1.0, -2.0], False, "ab")
+
+
+def failing(*_):
+    raise ValueError("planted")
+
+
+def test_a_failure_of_vllm_names_the_request(engine, monkeypatch):
+    prompts, seeds = [[3], [4], [5]], [11, 22, 33]
+    stream = a_sampler().stream(prompts, seeds, n=1)
+    next(stream)  # request 2 is done
+    monkeypatch.setattr(StandInEngine, "step", failing)
+    wanted = "request 0 of 3, a prompt of 1 tokens that begins with '<3>' or at one of the 1 others"
+    with pytest.raises(RuntimeError, match=f"{wanted} that it works on: planted"):
+        next(stream)
+    monkeypatch.setattr(StandInEngine, "add_request", failing)
+    with pytest.raises(RuntimeError, match=r"request 0 of 3, a prompt .* with '<3>': planted"):
+        next(a_sampler().stream(prompts, seeds, n=1))
+
+
+def test_a_response_without_a_token_names_its_request(engine):
+    with pytest.raises(RuntimeError, match=r"request 1 of 2, .* '<0>': a response without a token"):
+        a_sampler().generate([[4], [0]], [1, 2], n=1)
 
 
 def test_probabilities_that_are_not_numbers_end_in_a_sentence():
