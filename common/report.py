@@ -10,6 +10,7 @@ problem has none), "samples" (how many responses were sampled), "correct" (how m
 "lengths" (tokens of each response) and "truncated" (how many were cut at the length limit).
 """
 
+import contextlib
 import json
 import math
 import os
@@ -308,14 +309,26 @@ def open_run(args) -> Path:
 
     out = None
     if rank() == 0:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"runs/{args.method}-{Path(args.model).name}-seed{args.seed}-{stamp}"
-        out = make_directory(args.out or name)
+        out = make_directory(args.out) if args.out else make_run_directory(args)
         config = {"flags": vars(args), "ranks": world_size()} | versions_and_commit()
         write_json(out / "config.json", config)
     message = [out]
     dist.broadcast_object_list(message)
     return message[0]
+
+
+def make_run_directory(args) -> Path:
+    """Make runs/METHOD-MODEL-seedS-TIME, or TIME-2 if another run began in the same second."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.method}-{Path(args.model).name}-seed{args.seed}-{stamp}"
+    runs = make_directory("runs", exist_ok=True)
+    path, number = runs / name, 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+        number += 1
+        path = runs / f"{name}-{number}"
 
 
 def print_plan(
