@@ -354,6 +354,34 @@ def test_a_family_trains_and_its_sampler_follows(
     assert any((after[name] - before[name]).abs().max() > 1e-4 for name in before)
 
 
+def test_a_model_without_the_usual_pieces_trains(easy, tmp_path):
+    """No chat template, no pad token, two ends, tied embeddings, a vocabulary that is padded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+    torch.manual_seed(0)
+    tokenizer = make.tokenizer()
+    tokenizer.chat_template = tokenizer.pad_token = None
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    padded, ends = 4 * len(tokenizer), [tokenizer.eos_token_id, 40]
+    config = Qwen2Config(
+        vocab_size=padded, tie_word_embeddings=True, eos_token_id=ends, pad_token_id=None, **sizes
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").pad_token is None
+    model = ["--model", tmp_path / "base", "--data", easy, "--template", "plain"]
+    limits = ["--max-prompt-tokens", 192, "--max-response-tokens", 64]
+    more = ["--method", "reinforce", "--lr", 1e-3, "--steps", 2]
+    run("train_hpt.py", *model, *SMALL, *limits, *more, "--out", tmp_path / "out")
+    rows = metrics(tmp_path / "out")
+    # Most tokens of a random model are of the padding: sampler and trainer agree on them too.
+    assert all(row["mismatch/logp_max"] < 1e-4 and row["optim/skipped"] == 0 for row in rows)
+    saved = json.loads((tmp_path / "out/final/generation_config.json").read_text())
+    assert saved["eos_token_id"] == ends
+    assert weights(tmp_path / "out/final")["model.embed_tokens.weight"].shape == (padded, 64)
+
+
 def command_lines():
     """The command lines of all processes, each a list of words."""
     lines = []
