@@ -178,11 +178,18 @@ class Sampler:
                 detokenize=False,  # it is faster to decode whole responses
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            engine.add_request(str(i), {"prompt_token_ids": ids}, settings)
+            with self.failures_named(prompts, [i]):
+                engine.add_request(str(i), {"prompt_token_ids": ids}, settings)
+        waiting = dict.fromkeys(range(len(prompts)))  # a set in the order of the prompts
         while engine.has_unfinished_requests():
-            for request in engine.step():
-                if request.finished:
-                    yield int(request.request_id), self.to_rollouts(request.outputs)
+            with self.failures_named(prompts, waiting):
+                finished = [request for request in engine.step() if request.finished]
+            for request in finished:
+                i = int(request.request_id)
+                with self.failures_named(prompts, [i]):
+                    responses = self.to_rollouts(request.outputs)
+                del waiting[i]
+                yield i, responses
 
     def to_rollouts(self, outputs: list) -> list[Rollout]:
         """vLLM's CompletionOutputs as Rollouts."""
@@ -192,6 +199,20 @@ class Sampler:
             clean_up_tokenization_spaces=False,
         )
         return [to_rollout(output, text) for output, text in zip(outputs, texts)]
+
+    @contextlib.contextmanager
+    def failures_named(self, prompts: list, indices: Iterable[int]):
+        """Around what vLLM does for the prompts `indices`: an error names the first of them."""
+        try:
+            yield
+        except Exception as error:
+            first, *others = indices
+            text = self.tokenizer.decode(prompts[first])
+            more = f" or at one of the {len(others)} others that it works on" if others else ""
+            raise RuntimeError(
+                f"vLLM failed at request {first} of {len(prompts)}, a prompt of "
+                f"{len(prompts[first])} tokens that begins with {text[:80]!r}{more}: {error}"
+            ) from error
 
     def load(self, named_tensors: Iterable) -> None:
         """Replace the weights, and wake the engine if it sleeps.
@@ -227,7 +248,14 @@ class Sampler:
 
 
 def to_rollout(output, text: str) -> Rollout:
-    """A vLLM CompletionOutput as a Rollout. Raises SystemExit if a probability is not a number."""
+    """A vLLM CompletionOutput as a Rollout.
+
+    Raises:
+        SystemExit: a probability is not a number.
+        ValueError: there is not even an end-of-sequence token, as when vLLM gives a request up.
+    """
+    if not output.token_ids:
+        raise ValueError(f"a response without a token (finish_reason {output.finish_reason})")
     logp = None
     if output.logprobs is not None:
         logp = list(output.logprobs.logprobs)  # one per token

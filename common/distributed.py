@@ -181,6 +181,13 @@ def progress_bar(label: str | None, total: int | None = None, initial: int = 0, 
     return tqdm(items, label, total, leave=False, initial=initial, disable=hidden)
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Tell whether an error comes from Gloo or NCCL, as where another rank has ended."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def printable(text: str) -> str:
     """A text with its control characters spelled out, line breaks aside: \\x1b for an escape.
 
@@ -213,8 +220,9 @@ def one_failure_message(quiet: bool = False):
     """Around a program under torchrun: if every rank fails with the same message, print it once.
 
     Rank 0 fails at once. The others wait 10 seconds first; torchrun ends them in that time. A rank
-    that fails alone prints its message after the wait. With `quiet`, what the others print to
-    standard error is dropped: argparse prints its message before it raises.
+    that fails alone prints its message after the wait. A rank that only notices that another has
+    ended waits too, so that the message of that other one stands on top. With `quiet`, what the
+    others print to standard error is dropped: argparse prints its message before it raises.
     """
     interrupt.in_main()
     my_rank = int(os.environ.get("RANK", 0))  # the process group may not exist yet
@@ -233,3 +241,11 @@ def one_failure_message(quiet: bool = False):
         if isinstance(stop.code, str):
             stop.code = printable(stop.code)
         raise
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        time.sleep(10)  # on this machine, torchrun ends this rank meanwhile
+        raise SystemExit(
+            f"error: rank {my_rank} lost the others, of which one has ended; its own message says "
+            f"why ({printable(str(error)):.200})"
+        ) from error

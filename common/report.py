@@ -372,9 +372,7 @@ def open_run(args) -> Path:
 
     out = None
     if rank() == 0:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"runs/{args.method}-{Path(args.model).name}-seed{args.seed}-{stamp}"
-        out = make_directory(args.out or name, exist_ok=args.resume)
+        out = make_run_directory(args)
         _lock(out)
         config = {"flags": vars(args), "ranks": world_size()} | versions_and_commit()
         if (out / "config.json").exists():
@@ -387,6 +385,22 @@ def open_run(args) -> Path:
     message = [out]
     dist.broadcast_object_list(message)
     return message[0]
+
+
+def make_run_directory(args) -> Path:
+    """Make --out, or runs/METHOD-MODEL-seedS-TIME; TIME-2 if another began in the same second."""
+    if args.out:
+        return make_directory(args.out, exist_ok=args.resume)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.method}-{Path(args.model).name}-seed{args.seed}-{stamp}"
+    runs = make_directory("runs", exist_ok=True)
+    path, number = runs / name, 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+        number += 1
+        path = runs / f"{name}-{number}"
 
 
 def _lock(out):

@@ -387,6 +387,23 @@ def test_a_run_without_out_is_named_by_method_model_seed_and_time(
     assert name.startswith("hpt-base-seed3-20")
 
 
+def test_runs_that_begin_in_the_same_second_have_directories_of_their_own(
+    tmp_path, one_process, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report.time, "strftime", lambda form: "NOW")
+    names = [report.open_run(flags_of_a_run(seed=3)).name for _ in range(3)]
+    first = "hpt-base-seed3-NOW"
+    assert names == [first, f"{first}-2", f"{first}-3"]
+    assert all((tmp_path / "runs" / name / "config.json").is_file() for name in names)
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
+    assert "commit" in report.versions_and_commit()
+    monkeypatch.setenv("PATH", str(tmp_path))  # an empty folder
+    assert report.versions_and_commit()["commit"] is None
+
+
 @pytest.fixture
 def finished_run(tmp_path):
     """A directory as six steps of training leave it, with evaluations at 0, 3 and 6."""

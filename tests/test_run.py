@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_machines import run_on_two_machines, two_machines
 
 from toy import make
 
@@ -222,6 +223,17 @@ def test_two_ranks_sample_the_same_and_have_the_same_gradient(one_rank, easy, tm
         assert got[name] == pytest.approx(one_rank[name], rel=1e-5)
 
 
+def test_two_machines_have_the_gradient_of_one_process(one_rank, easy, tmp_path):
+    """The command is the README's; neither Gloo nor vLLM is told anything about the network."""
+    inputs = ["--data", easy, "--model", BASE, *TOY_SIZES, "--out", tmp_path / "out"]
+    with two_machines() as names:
+        ended = run_on_two_machines(names, ROOT / "train_hpt.py", *ONE_UPDATE, *inputs)
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2][-3000:] + ended[1][2][-3000:]
+    got = metrics(tmp_path / "out")[0]
+    assert got["reward/mean"] == one_rank["reward/mean"]
+    assert got["optim/grad_norm"] == pytest.approx(one_rank["optim/grad_norm"], rel=1e-5)
+
+
 # --------------------------------------------------------------------------------- the methods
 
 
@@ -361,6 +373,34 @@ def test_a_family_trains_and_its_sampler_follows(
     before, after = weights(tmp_path / "base"), weights(tmp_path / "out/final")
     assert before.keys() == after.keys()
     assert any((after[name] - before[name]).abs().max() > 1e-4 for name in before)
+
+
+def test_a_model_without_the_usual_pieces_trains(easy, tmp_path):
+    """No chat template, no pad token, two ends, tied embeddings, a vocabulary that is padded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+    torch.manual_seed(0)
+    tokenizer = make.tokenizer()
+    tokenizer.chat_template = tokenizer.pad_token = None
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    padded, ends = 4 * len(tokenizer), [tokenizer.eos_token_id, 40]
+    config = Qwen2Config(
+        vocab_size=padded, tie_word_embeddings=True, eos_token_id=ends, pad_token_id=None, **sizes
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").pad_token is None
+    model = ["--model", tmp_path / "base", "--data", easy, "--template", "plain"]
+    limits = ["--max-prompt-tokens", 192, "--max-response-tokens", 64]
+    more = ["--method", "reinforce", "--lr", 1e-3, "--steps", 2]
+    run("train_hpt.py", *model, *SMALL, *limits, *more, "--out", tmp_path / "out")
+    rows = metrics(tmp_path / "out")
+    # Most tokens of a random model are of the padding: sampler and trainer agree on them too.
+    assert all(row["mismatch/logp_max"] < 1e-4 and row["optim/skipped"] == 0 for row in rows)
+    saved = json.loads((tmp_path / "out/final/generation_config.json").read_text())
+    assert saved["eos_token_id"] == ends
+    assert weights(tmp_path / "out/final")["model.embed_tokens.weight"].shape == (padded, 64)
 
 
 def command_lines():

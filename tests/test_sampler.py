@@ -87,10 +87,13 @@ class StandInTokenizer:
         assert skip_special_tokens and not clean_up_tokenization_spaces
         return ["".join(str(token) for token in ids if token != 7) for ids in batch]
 
+    def decode(self, ids):
+        return "".join(f"<{i}>" for i in ids)
+
 
 def completion(wanted, maximum, logp=-0.5):
     """A completion of `wanted` tokens, which is cut at the maximum."""
-    ids = [8] * min(wanted - 1, maximum) + [7] * (wanted <= maximum)
+    ids = [8] * min(max(0, wanted - 1), maximum) + [7] * (0 < wanted <= maximum)
     logprobs = None if logp is None else SimpleNamespace(logprobs=[logp] * len(ids))
     reason = "stop" if wanted <= maximum else "length"
     return SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason)
@@ -192,6 +195,28 @@ def test_the_engine_decodes_no_text(engine):
     sampler.generate([[3]], [11], n=1)
     ((_, sampling),) = sampler.llm.requests.values()
     assert not sampling.detokenize and sampling.flat_logprobs
+
+
+def failing(*_):
+    raise ValueError("planted")
+
+
+def test_a_failure_of_vllm_names_the_request(engine, monkeypatch):
+    prompts, seeds = [[3], [4], [5]], [11, 22, 33]
+    stream = a_sampler().stream(prompts, seeds, n=1)
+    next(stream)  # request 2 is done
+    monkeypatch.setattr(StandInEngine, "step", failing)
+    wanted = "request 0 of 3, a prompt of 1 tokens that begins with '<3>' or at one of the 1 others"
+    with pytest.raises(RuntimeError, match=f"{wanted} that it works on: planted"):
+        next(stream)
+    monkeypatch.setattr(StandInEngine, "add_request", failing)
+    with pytest.raises(RuntimeError, match=r"request 0 of 3, a prompt .* with '<3>': planted"):
+        next(a_sampler().stream(prompts, seeds, n=1))
+
+
+def test_a_response_without_a_token_names_its_request(engine):
+    with pytest.raises(RuntimeError, match=r"request 1 of 2, .* '<0>': a response without a token"):
+        a_sampler().generate([[4], [0]], [1, 2], n=1)
 
 
 def test_probabilities_that_are_not_numbers_end_in_a_sentence():
