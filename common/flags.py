@@ -369,6 +369,13 @@ def add_optimisation_flags(parser: Parser) -> None:
         32768,
         "padded tokens per forward pass; does not change the gradient",
     )
+    number(
+        group,
+        "--replicas",
+        COUNT,
+        1,
+        "copies of the weights, as one per machine; each is sharded over its ranks",
+    )
     number(group, "--lr", POSITIVE, 5e-6, "learning rate of AdamW, constant after warm-up")
     number(group, "--warmup-steps", COUNT_OR_0, 0, "optimizer steps of linear warm-up")
     number(group, "--weight-decay", POSITIVE_OR_0, 0.01, "weight decay of AdamW")

@@ -331,8 +331,10 @@ def check_critic(config, directory: str | None = None) -> None:
 
 
 def shard(network: Network, args, device) -> Network:
-    """Shard a network over all ranks with FSDP, block by block, and give it its AdamW optimizer.
+    """Shard a network over the ranks with FSDP, block by block, and give it its AdamW optimizer.
 
+    With --replicas R (HSDP), each R-th of the ranks, in their order, holds the whole network. If R
+    is the number of machines, weights are gathered inside a machine, and only gradients leave it.
     The master weights are float32. On a GPU the network computes in bfloat16 and sums gradients in
     float32; on a CPU all is float32.
     """
@@ -343,7 +345,13 @@ def shard(network: Network, args, device) -> Network:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     else:
         precision = MixedPrecisionPolicy()
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    world, replicas = dist.get_world_size(), args.replicas
+    if world % replicas:
+        raise SystemExit(f"error: --replicas {replicas} must divide the number of ranks, {world}")
+    shape, names = (replicas, world // replicas), ("replicate", "shard")
+    if replicas == 1:
+        shape, names = (world,), ("shard",)
+    mesh = dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
     blocks = [m for m in lm.modules() if type(m).__name__ in lm._no_split_modules]
     for block in blocks:
         fully_shard(block.float(), mesh=mesh, mp_policy=precision)

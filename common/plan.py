@@ -140,7 +140,7 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     """
     import torch
 
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) // args.replicas  # that share the weights
     host = host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = host
     if gpu_gigabytes:

@@ -179,6 +179,7 @@ def flags_of(directory, critic=None):
         model=directory,
         critic=critic,
         trust_remote_code=False,
+        replicas=1,
         temperature=0.7,
         gradient_checkpointing=True,
         lr=0.1,
@@ -207,6 +208,9 @@ def build_and_save(rank, folder):
         policy = model.build_policy(flags_of(folder / name), config, cpu)
         facts[name] = facts_of(policy) | {"temperature": policy.temperature}
         policy.save(folder / f"{name}-saved", make.tokenizer())
+    replicated = flags_of(folder / "tied")
+    replicated.replicas = 2
+    facts["replicated"] = facts_of(model.build_policy(replicated, config, cpu))
     with torch.no_grad():  # as the old-policy pass of a later mini-batch
         policy(IDS, RESPONSE, LENGTHS)
     facts["norm without gradient"] = policy.step(0.1, 1.0)
@@ -284,6 +288,22 @@ def test_every_block_and_every_parameter_is_sharded(saved, name):
     root = "FSDPCritic" if name == "critic" else "FSDPPolicy"
     assert saved[1][name]["units"] == [root, "FSDPQwen2DecoderLayer", "FSDPQwen2DecoderLayer"]
     assert saved[1][name]["shares"] == {True}
+
+
+def test_a_replica_on_each_rank_is_not_sharded(saved):
+    facts = saved[1]["replicated"]
+    assert facts["shares"] == {False} and saved[1]["untied"]["shares"] == {True}
+    assert facts["weights"].keys() == saved[1]["untied"]["weights"].keys()
+
+
+def test_replicas_must_divide_the_ranks(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    args = flags_of("m")
+    args.replicas = 3
+    with pytest.raises(
+        SystemExit, match=r"^error: --replicas 3 must divide the number of ranks, 4"
+    ):
+        model.shard(Policy(tiny_lm(), 1.0), args, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["tied", "critic"])

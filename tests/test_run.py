@@ -210,9 +210,9 @@ def one_rank(tmp_path_factory, easy):
     return metrics(out)[0]
 
 
-@pytest.mark.parametrize("engines", ["one engine per rank", "one engine for both"])
-def test_two_ranks_sample_the_same_and_have_the_same_gradient(one_rank, easy, tmp_path, engines):
-    shared = ["--tensor-parallel", 2] if engines == "one engine for both" else []
+@pytest.mark.parametrize("shared", [[], ["--tensor-parallel", 2, "--replicas", 2]])
+def test_two_ranks_sample_the_same_and_have_the_same_gradient(one_rank, easy, tmp_path, shared):
+    """With an engine per rank, and sharded weights; with one engine for both, and replicas."""
     inputs = ["--data", easy, "--model", BASE, *TOY_SIZES]
     run("train_hpt.py", *ONE_UPDATE, *inputs, *shared, "--out", tmp_path / "out", ranks=2)
     got = metrics(tmp_path / "out")[0]
