@@ -218,7 +218,7 @@ def test_code_of_a_model_is_run_if_the_flag_says_so(with_code, good_data):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_both_programs_and_the_sampler_are_told(asked, monkeypatch):
+def test_both_programs_their_samplers_and_the_trainer_are_told(asked, monkeypatch):
     built = []
     monkeypatch.setattr(evaluate, "Sampler", lambda *_, **settings: built.append(settings))
     monkeypatch.setattr(rollout, "Sampler", lambda *_, **settings: built.append(settings) or 1 / 0)
@@ -228,8 +228,14 @@ def test_both_programs_and_the_sampler_are_told(asked, monkeypatch):
     inputs = train_hpt.Inputs(*[None] * 7)
     memory = SimpleNamespace(utilization=0.5, concurrent=256)
     with pytest.raises(ZeroDivisionError):
+<<<<<<< HEAD
         train_hpt.start(flags.parse_training_args(words), METHODS["hpt"], inputs, memory)
     assert [settings["trust_remote_code"] for settings in built] == [asked, asked]
+=======
+        train_hpt.start(flags.parse_training_args(words), METHODS["hpt"], inputs)
+    built.append(model.safely(flags.parse_training_args(words)))
+    assert [settings["trust_remote_code"] for settings in built] == [asked] * 3
+>>>>>>> ce6bd44c8fd601fa1368fb74b83b8b17a8409f83
 
 
 # ------------------------------------------------------------------ vocabularies of unequal lengths

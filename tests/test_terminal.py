@@ -50,8 +50,8 @@ def test_an_error_that_nothing_has_caught(capsys):
 
 def test_a_wrong_flag(capsys):
     with pytest.raises(SystemExit):
-        flags.parse_training_args(["--method", "\x1b[2J"])
-    assert "\x1b" not in capsys.readouterr().err
+        flags.parse_training_args(["--steps", "\x1b[2J"])
+    assert r"at least 1, not \x1b[2J" in capsys.readouterr().err
 
 
 LEVELS = ["\x1b[31mred", "two\nlines", "a|b", 3]
