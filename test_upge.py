@@ -553,7 +553,13 @@ def gradient_on_ranks(rank, world, cases, path):
             if m.old_logp is not None:
                 m.old_logp = stale(m.old_logp)  # as if some updates had been made
         accumulate = functools.partial(accumulate_gradient, args=args, counts=Counts())
-        seen = probe.probe(policy, micro_batches, accumulate) if case.probe else {}
+        counted = {
+            "rl": sum(p.alpha > 0 for p in case.prompts),
+            "sft": sum(p.beta > 0 for p in case.prompts),
+        }
+        seen = {}
+        if case.probe:
+            seen = probe.probe(policy, micro_batches, accumulate, counted, len(case.prompts))
         accumulate(policy, micro_batches)
         gradient = {name: p.grad.full_tensor().clone() for name, p in lm.named_parameters()}
         results.append(gradient | seen)
@@ -601,6 +607,12 @@ def stale(logp):
     return logp + 0.3 * torch.sin(1e3 * logp)
 
 
+def step_with_a_solved_prompt():
+    """The last prompt has no signal, so that its gradient is 0."""
+    *prompts, last = made_up_step(2)
+    return [*prompts, last._replace(rewards=[1.0] * 4)]
+
+
 def smooth_step():
     """A step with weights between 0 and 1 for both kinds."""
     prompts = made_up_step(2)
@@ -636,6 +648,7 @@ CASES = {
     "whole": Case(made_up_step(2), "hpt", 10_000),
     "one row": Case(made_up_step(2), "hpt", 1),
     "small": Case(made_up_step(2), "hpt", 50, probe=True),
+    "solved": Case(step_with_a_solved_prompt(), "hpt", 50, probe=True),
     "wrong whole": Case(made_up_step(2), "hpt", 10_000, wrong=True),
     "wrong small": Case(made_up_step(2), "hpt", 20, wrong=True),
     "sampler": Case(made_up_step(0), "grpo", changes={"pi_old": "sampler"}),
@@ -668,13 +681,13 @@ def gradients(request, by_ranks):
 
 
 def gradients_of(world, path):
-    """{case: flat gradient}; the value loss is "critic", what the probe measured is "probe"."""
+    """{case: flat gradient}; the value loss is "critic", what the probe saw is "probe CASE"."""
     spawn(gradient_on_ranks, world, list(CASES.values()), path, processes=world)
     gradients = {}
     for case, result in zip([*CASES, "critic"], torch.load(path), strict=True):
         seen = {name: value for name, value in result.items() if name.startswith("probe/")}
         if seen:
-            gradients["probe"] = seen
+            gradients[f"probe {case}"] = seen
         parameters = [value for name, value in result.items() if name not in seen]
         gradients[case] = torch.cat([p.flatten() for p in parameters])
     return gradients
@@ -915,8 +928,9 @@ def test_importance_weights_are_truncated_where_the_flag_says(gradients):
     assert error(gradients["tis, low cap"], gradients["tis"]) > 1e-2  # negative control
 
 
-def test_probe_is_what_prompt_by_prompt_gradients_say(gradients):
-    prompts, seen = made_up_step(2), gradients["probe"]
+@pytest.mark.parametrize("name", ["small", "solved"])
+def test_probe_is_what_prompt_by_prompt_gradients_say(gradients, name):
+    prompts, seen = CASES[name].prompts, gradients[f"probe {name}"]
     by_prompt = []
     for q in range(len(prompts)):
         # The gradient is linear in the prompts: that of one is the whole minus that of the rest.

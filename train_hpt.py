@@ -77,17 +77,17 @@ def main(args) -> None:
             prompts = list(map(Prompt, problems, rollouts, rewards, demo_rewards, alpha, beta))
 
             # 4. Deal the prompts into mini-batches; build the micro-batches of this rank.
-            minibatches = []
-            for chunk in split_prompts(prompts, args.minibatches_per_step, args.seed, step):
-                minibatches.append(
-                    build_micro_batches(chunk, method, args, device, counts, policy.can_pack)
-                )
+            minibatches, can_pack = [], policy.can_pack
+            chunks = split_prompts(prompts, args.minibatches_per_step, args.seed, step)
+            for chunk in chunks:
+                built = build_micro_batches(chunk, method, args, device, counts, can_pack)
+                minibatches.append(built)
 
             # 5. Compute what depends on the weights before the first update; then update.
             if critic:
                 value_pass(critic, minibatches, args, counts)
             old_policy_pass(policy, minibatches[1:], args, counts)
-            probed = probe_gradients(policy, minibatches[0], step, args)
+            probed = probe_gradients(policy, chunks[0], minibatches[0], step, args)
             for i, micro_batches in enumerate(minibatches):
                 updates_before = (step - 1) * args.minibatches_per_step + i
                 update(policy, critic, micro_batches, updates_before, args, counts)
@@ -234,7 +234,7 @@ class Sequence(NamedTuple):
     response_ids: list[int]
     is_demo: bool
     prompt_index: int  # 0 .. N-1, which prompt of the mini-batch it answers
-    advantage: float  # for PPO the reward, which `old_policy_pass` turns into GAE
+    advantage: float  # for PPO the reward, which `value_pass` turns into GAE
     weight: float = 0.0  # of each of its tokens in the loss
     sampler_logp: list[float] | None = None  # of a rollout, one per token
 
@@ -306,11 +306,11 @@ def sequences_of_prompt(
 def plan_micro_batches(sequences: list[Sequence], ranks: int, budget: int) -> list[list[list]]:
     """For each rank its micro-batches, which are lists of sequences.
 
-    FSDP's ranks move together, so all have equally many micro-batches, and those that run at the
-    same time should take equally long: longest sequence first, each goes to the micro-batch that
-    has the fewest tokens so far. A micro-batch holds at most `budget` tokens, unless it is a single
-    sequence. If there are more places than sequences, some ranks get empty lists, which `collate`
-    turns into fillers.
+    FSDP's ranks move together, pass by pass: so all have equally many micro-batches, and those of
+    a pass should take equally long. Longest first, each sequence goes to the place (a rank's
+    micro-batch of a pass) that has the fewest tokens so far. A micro-batch holds at most `budget`
+    tokens, unless it is a single sequence. If there are more places than sequences, some ranks get
+    empty lists, which `collate` turns into fillers.
     """
     longest_first = sorted(sequences, key=total_length, reverse=True)
     total = sum(min(total_length(s), budget) for s in sequences)
@@ -361,8 +361,8 @@ class MicroBatch:
     seq: Tensor  # (1, M) int64, which sequence a token belongs to, 0 .. B-1
     advantage: Tensor  # (1, M)
     weight: Tensor  # (1, M)
-    # These are (1, M), and None for demonstrations. `collate` sets sampler_logp,
-    # `set_old_policy` old_logp, and `value_pass` the others.
+    # These are (1, M), and None for demonstrations. `collate` sets sampler_logp, part 5 the others:
+    # the old policy's log-probabilities, and PPO's value_pass, which replaces the advantage, too.
     sampler_logp: Tensor | None = None
     old_logp: Tensor | None = None  # log pi_old
     value: Tensor | None = None  # of PPO's critic, before the update
@@ -370,7 +370,7 @@ class MicroBatch:
 
     @property
     def is_filler(self) -> bool:
-        """Whether it is a filler, one token of weight 0, for a rank that has no sequence left."""
+        """Whether it is a filler, a sequence of weight 0, for a rank that has no sequence left."""
         return not self.prompt_indices
 
     @property
@@ -404,13 +404,17 @@ class MicroBatch:
 
 
 def collate(row: str, sequences: list[Sequence], device) -> MicroBatch:
-    """A MicroBatch of the sequences; without any, a filler: one response token of weight 0."""
+    """A MicroBatch of the sequences; without any, a filler: two tokens, of weight 0."""
     batch = sequences or [Sequence([0], [0], True, 0, 0.0)]
     ids, mask = [], []
     for s in batch:
         ids += [*s.prompt_ids, *s.response_ids]
         mask += [False] * len(s.prompt_ids) + [True] * len(s.response_ids)
-    lengths = [len(s.response_ids) for s in batch]
+    response_lengths = [len(s.response_ids) for s in batch]
+
+    def per_token(values: Tensor) -> Tensor:
+        return repeat_per_token(values, response_lengths, device)
+
     sampler_logp = None
     if batch[0].sampler_logp is not None:
         sampler_logp = torch.tensor([[logp for s in batch for logp in s.sampler_logp]])
@@ -420,10 +424,10 @@ def collate(row: str, sequences: list[Sequence], device) -> MicroBatch:
         response_mask=torch.tensor([mask], device=device),
         prompt_indices=[s.prompt_index for s in sequences],
         lengths=[total_length(s) for s in batch],
-        response_lengths=lengths,
-        seq=repeat_per_token(torch.arange(len(batch)), lengths, device),
-        advantage=repeat_per_token(torch.tensor([s.advantage for s in batch]), lengths, device),
-        weight=repeat_per_token(torch.tensor([s.weight for s in batch]), lengths, device),
+        response_lengths=response_lengths,
+        seq=per_token(torch.arange(len(batch))),
+        advantage=per_token(torch.tensor([s.advantage for s in batch])),
+        weight=per_token(torch.tensor([s.weight for s in batch])),
         sampler_logp=None if sampler_logp is None else sampler_logp.to(device),
     )
 
@@ -477,8 +481,8 @@ def value_pass(critic, minibatches: list[list[MicroBatch]], args, counts) -> Non
 def old_policy_pass(policy, later: list[list[MicroBatch]], args, counts) -> None:
     """Compute log pi_old for the mini-batches after the first, with the weights before any update.
 
-    The first mini-batch needs no such pass: its log pi_old is what its own forward pass gives.
-    Nor does a row without pi_old, or whose pi_old is the sampler's.
+    The first mini-batch needs no such pass: its own forward pass gives the same. Nor does a row
+    without pi_old, unless --pi-old tis weighs its advantages, or one whose pi_old is the sampler's.
     """
     rollouts = [m for micro_batches in later for m in micro_batches if m.is_rollouts]
     for m in distributed.progress_bar("pi_old", items=rollouts):
@@ -614,7 +618,7 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
                 counts.add_rollouts(loss, logp, m.old_logp, stable)
             else:
                 counts.add_demonstrations(logp, m.response_lengths)
-            if bonus:  # mean entropy of the rollouts, with the weights of the loss
+            if bonus:  # sum of the rollouts' entropies, with the weights of the loss
                 loss = loss - bonus * (m.weight * entropy).sum()
         if m.is_filler:
             counts.filler_tokens += m.ids.numel()
@@ -641,13 +645,14 @@ def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts)
         (loss * distributed.world_size()).backward()
 
 
-def probe_gradients(policy, micro_batches: list[MicroBatch], step: int, args) -> dict:
-    """What common/probe.py measures, if the probe is due at this step; else {}."""
+def probe_gradients(policy, chunk: list[Prompt], micro_batches, step: int, args) -> dict:
+    """What common/probe.py measures in a mini-batch, if the probe is due at this step; else {}."""
     if args.probe_gradients == 0 or step % args.probe_gradients:
         return {}
     unused = metrics.Counts()  # what the probe computes is not part of the step
     accumulate = functools.partial(accumulate_gradient, args=args, counts=unused)
-    return probe.probe(policy, micro_batches, accumulate)
+    counted = {"rl": sum(p.alpha > 0 for p in chunk), "sft": sum(p.beta > 0 for p in chunk)}
+    return probe.probe(policy, micro_batches, accumulate, counted, len(chunk))
 
 
 # ------------------------------------------------------------------ start, evaluation, checkpoints

@@ -37,6 +37,9 @@ def packed_attention(
 
     Returns (1, T, H, d), and None in place of the attention weights.
     """
+    if attention_mask is not None:
+        raise ValueError("this model has an attention mask of its own, which packing would drop")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs, start = [], 0
     for length, equal in groupby(packed_lengths):  # neighbours of one length are computed together
         stop = start + length * len(list(equal))
@@ -85,8 +88,9 @@ def use_packed(lm) -> bool:
     """Make a Hugging Face model use `packed_attention` if that is exact for it; say whether.
 
     It is not if a layer carries something from token to token in another way (convolutions, linear
-    attention, states), or if its attention has sinks, or does not go through transformers'
-    interface. Such a model keeps its own attention, and computes one sequence at a time.
+    attention, states), if its attention has sinks or does not go through transformers' interface,
+    or if its positions are encoded by the longest sequence in sight (dynamic and long RoPE). Such a
+    model keeps its own attention, and computes one sequence at a time.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -97,6 +101,7 @@ def use_packed(lm) -> bool:
         and not lm._is_stateful
         and kinds <= {"full_attention", "sliding_attention"}
         and not has_sinks
+        and not rope_types(lm.config) & {"dynamic", "longrope"}
     )
     if can_pack:
         AttentionInterface.register(NAME, packed_attention)
@@ -105,3 +110,10 @@ def use_packed(lm) -> bool:
     elif getattr(lm.config, "attn_logit_softcapping", None):
         lm.set_attn_implementation("eager")  # transformers' default would drop the soft-cap
     return can_pack
+
+
+def rope_types(config) -> set[str]:
+    """How a model encodes positions; Gemma 3 has a rule for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rules = [rule for rule in parameters.values() if isinstance(rule, dict)] or [parameters]
+    return {rule.get("rope_type", "default") for rule in rules}

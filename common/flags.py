@@ -367,7 +367,7 @@ def add_optimisation_flags(parser: Parser) -> None:
         "--tokens-per-microbatch",
         COUNT,
         32768,
-        "padded tokens per forward pass; does not change the gradient",
+        "tokens per forward pass; does not change the gradient",
     )
     number(
         group,
@@ -419,6 +419,9 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
             f"--minibatches-per-step {args.minibatches_per_step} needs at least as many "
             f"--prompts-per-step, not {args.prompts_per_step}"
         )
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks % args.replicas:
+        parser.error(f"--replicas {args.replicas} must divide the number of ranks, {ranks}")
     if args.out is None and unwritable_parent("runs"):
         parser.error("the directory runs/ cannot be made or written to: name another one as --out")
     check_out(parser, args)

@@ -212,10 +212,11 @@ def critic_metrics(counts: Counts) -> dict:
     """PPO's critic: how well it predicted the returns before the update, and its loss."""
     mean = counts.returns / counts.return_tokens
     variance = counts.returns_squared / counts.return_tokens - mean**2
+    finite = [norm for norm in counts.critic_norms if math.isfinite(norm)]
     metrics = {
         "critic/loss": counts.value_loss / len(counts.critic_norms),
         "critic/returns_mean": mean,
-        "critic/grad_norm": statistics.fmean(counts.critic_norms),
+        "critic/grad_norm": statistics.fmean(finite) if finite else None,
         "critic/skipped": sum(not math.isfinite(norm) for norm in counts.critic_norms),
     }
     if variance > 1e-6:  # explained variance is undefined if all returns are equal

@@ -18,6 +18,7 @@ class Network(torch.nn.Module):
 
     name = "network"
     optimizer: torch.optim.Optimizer  # set by `shard`
+    replicas = 1  # how many ranks hold the same shard; set by `shard`
     updates = 0  # optimizer steps that were taken, not skipped
     skipped_in_a_row = 0  # optimizer steps that were skipped since the last one that was taken
 
@@ -47,8 +48,8 @@ class Network(torch.nn.Module):
         """Clip the gradient, take an optimizer step, clear the gradient. Returns its norm.
 
         Without any backward pass the gradient is 0; AdamW then takes the step that its averages of
-        earlier gradients give. If the norm is not finite, the optimizer step is skipped; the
-        gradient is cleared anyway.
+        earlier gradients and its weight decay give. If the norm is not finite, the optimizer step
+        is skipped; the gradient is cleared anyway.
 
         Raises:
             SystemExit: the step has made a weight or a moment infinite or nan.
@@ -182,6 +183,7 @@ class Policy(Network):
         super().__init__(lm)
         self.temperature, self.chunk = temperature, chunk
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)  # Gemma 2
+        self.logit_scale = logit_scale(lm.config)
 
     def forward(
         self, ids: Tensor, response: Tensor, lengths: list[int], with_entropy: bool = False
@@ -204,6 +206,8 @@ class Policy(Network):
     def head(self, hidden: Tensor, targets: Tensor, with_entropy: bool):
         """(c,) log-probabilities and entropies from (c, D) states and (c,) token ids."""
         logits = wide_logits(self.lm.get_output_embeddings(), hidden)  # (c, V)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.temperature != 1.0:
@@ -214,6 +218,18 @@ class Policy(Network):
             return logp, None
         all_logp = logits - log_total  # (c, V)
         return logp, -(all_logp.exp() * all_logp).sum(-1)
+
+
+def logit_scale(config) -> float:
+    """What a family multiplies the output layer's result by: 1, except in Cohere, Granite and some.
+
+    transformers does it outside of the output layer, under several names.
+    """
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
 
 
 def wide_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
@@ -333,7 +349,7 @@ def check_critic(config, directory: str | None = None) -> None:
 def shard(network: Network, args, device) -> Network:
     """Shard a network over the ranks with FSDP, block by block, and give it its AdamW optimizer.
 
-    With --replicas R (HSDP), each R-th of the ranks, in their order, holds the whole network. If R
+    With --replicas R (HSDP), the ranks form R groups of neighbours, each with a whole network. If R
     is the number of machines, weights are gathered inside a machine, and only gradients leave it.
     The master weights are float32. On a GPU the network computes in bfloat16 and sums gradients in
     float32; on a CPU all is float32.
@@ -348,11 +364,12 @@ def shard(network: Network, args, device) -> Network:
     world, replicas = dist.get_world_size(), args.replicas
     if world % replicas:
         raise SystemExit(f"error: --replicas {replicas} must divide the number of ranks, {world}")
+    network.replicas = replicas
     shape, names = (replicas, world // replicas), ("replicate", "shard")
     if replicas == 1:
         shape, names = (world,), ("shard",)
     mesh = dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
-    blocks = [m for m in lm.modules() if type(m).__name__ in lm._no_split_modules]
+    blocks = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or [])]
     for block in blocks:
         fully_shard(block.float(), mesh=mesh, mp_policy=precision)
     fully_shard(network.float(), mesh=mesh, mp_policy=precision)

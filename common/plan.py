@@ -1,8 +1,8 @@
 """Whether a run fits into memory: an estimate from the model's config, before weights are loaded.
 
-`memory_plan` serves three purposes: the plan that a run prints, --plan, which prints it and ends,
-and the default of --gpu-memory-utilization. docs/performance.md holds its figures for models of
-1.5 to 32 billion parameters.
+`memory_plan` serves the plan that a run prints, --plan, which prints it and ends, the default of
+--gpu-memory-utilization, and how many responses the engine computes at a time.
+docs/performance.md holds its figures for models of 1.5 to 32 billion parameters.
 """
 
 import dataclasses
@@ -153,9 +153,8 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     total, block, outside = count_parameters(config, args.trust_remote_code)
     networks = 2 if has_critic else 1
     gathered = 2 * block + outside  # FSDP holds a block, fetches the next, and keeps the rest
-    if ranks == 1 and not has_gpu:
-        gathered = 0  # neither gathered nor cast
     tokens = max(args.tokens_per_microbatch, args.max_prompt_tokens + args.max_response_tokens)
+    config = config.get_text_config()  # of a model that also sees pictures
     width, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
     inside_a_block = tokens * (12 * width + 4 * inner) * number  # kept for its backward pass
     layers = config.num_hidden_layers
@@ -163,7 +162,8 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
         activations = layers * tokens * width * number + inside_a_block
     else:
         activations = layers * inside_a_block
-    logits = 3 * CHUNK * config.vocab_size * 4  # float32: logits, log-probabilities, gradient
+    copies = 5 if args.entropy_coef else 3  # in float32: logits, exponentials, gradient, ...
+    logits = copies * CHUNK * config.vocab_size * 4
     gradients = 4 * total / ranks
     gradients_of_a_block = (number + 4) * max(block, outside)  # before they are reduced
 
@@ -178,7 +178,7 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
         engine_weights=total * number / args.tensor_parallel,
         engine_workspace=ENGINE_WORKSPACE if has_gpu else 0.0,
         cache_per_token=2 * layers * kv_heads * head_dim * number / args.tensor_parallel,
-        loading=networks * total * number + 4 * block,
+        loading=total * number + 4 * block,  # one network after the other
         longest=args.max_prompt_tokens + args.max_response_tokens,
     )
 
@@ -191,9 +191,9 @@ def count_parameters(config, trust_remote_code: bool = False) -> tuple[int, int,
     with torch.device("meta"):  # no memory for the parameters
         lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     total = sum(p.numel() for p in lm.parameters())
-    blocks = [m for m in lm.modules() if type(m).__name__ in lm._no_split_modules]
+    blocks = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or [])]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    return total, max(sizes), total - sum(sizes)
+    return total, max(sizes, default=0), total - sum(sizes)
 
 
 def host_memory() -> float:

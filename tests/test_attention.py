@@ -89,6 +89,13 @@ def test_packed_sequences_are_computed_as_if_each_were_alone(family):
     assert (as_one - wanted).norm() > 1e-2 * wanted.norm()
 
 
+def test_positions_that_depend_on_the_longest_sequence_are_not_packed():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert not attention.use_packed(a_model("llama", {"rope_parameters": rope}))
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    assert attention.use_packed(a_model("llama", {"rope_parameters": rope}))  # negative control
+
+
 @pytest.mark.parametrize("family", CANNOT_PACK)
 def test_a_model_that_would_leak_keeps_its_own_attention(family):
     lm = a_model(family, CANNOT_PACK[family])

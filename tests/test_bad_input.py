@@ -228,14 +228,9 @@ def test_both_programs_their_samplers_and_the_trainer_are_told(asked, monkeypatc
     inputs = train_hpt.Inputs(*[None] * 7)
     memory = SimpleNamespace(utilization=0.5, concurrent=256)
     with pytest.raises(ZeroDivisionError):
-<<<<<<< HEAD
         train_hpt.start(flags.parse_training_args(words), METHODS["hpt"], inputs, memory)
-    assert [settings["trust_remote_code"] for settings in built] == [asked, asked]
-=======
-        train_hpt.start(flags.parse_training_args(words), METHODS["hpt"], inputs)
     built.append(model.safely(flags.parse_training_args(words)))
     assert [settings["trust_remote_code"] for settings in built] == [asked] * 3
->>>>>>> ce6bd44c8fd601fa1368fb74b83b8b17a8409f83
 
 
 # ------------------------------------------------------------------ vocabularies of unequal lengths

@@ -155,7 +155,8 @@ def test_a_critic_worse_than_none_explains_less_than_nothing():
 def test_skipped_updates_of_the_critic_are_counted():
     counts = Counts(tokens=1.0, return_tokens=1.0)
     counts.critic_norms = [1.0, math.inf, 2.0]
-    assert measured(counts=counts)["critic/skipped"] == 1
+    metrics = measured(counts=counts)
+    assert metrics["critic/skipped"] == 1 and metrics["critic/grad_norm"] == 1.5
 
 
 def test_timeouts_are_those_of_the_verifier():

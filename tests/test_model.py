@@ -96,6 +96,37 @@ def test_gemma_2s_soft_cap_on_logits_is_applied():
     assert not torch.allclose(uncapped(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    "family, settings",
+    [
+        ("granite", {"logits_scaling": 8.0, "attention_multiplier": 0.3}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("llama", {}),
+    ],
+)
+def test_a_familys_scale_of_logits_is_applied(family, settings):
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        **settings,
+    )
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config).double()
+    with torch.no_grad():
+        lm.get_output_embeddings().weight.mul_(50)  # so that the scale matters
+    wanted, _ = plain_log_probabilities(lm, 0.7)
+    policy = Policy(lm, 0.7)
+    assert torch.allclose(policy(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-5)
+    policy.logit_scale = 3.0  # negative control
+    assert not torch.allclose(policy(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-2)
+
+
 def test_the_critic_reads_the_state_before_each_token():
     lm = tiny_critic()
     hidden = [lm.base_model(ids[None]).last_hidden_state[0] for ids in IDS[0].split(LENGTHS)]
