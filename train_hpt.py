@@ -412,9 +412,7 @@ def collate(row: str, sequences: list[Sequence], device) -> MicroBatch:
         mask += [False] * len(s.prompt_ids) + [True] * len(s.response_ids)
     response_lengths = [len(s.response_ids) for s in batch]
 
-    def per_token(values: Tensor) -> Tensor:
-        return repeat_per_token(values, response_lengths, device)
-
+    per_token = functools.partial(repeat_per_token, lengths=response_lengths, device=device)
     sampler_logp = None
     if batch[0].sampler_logp is not None:
         sampler_logp = torch.tensor([[logp for s in batch for logp in s.sampler_logp]])

@@ -682,6 +682,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_sampled_from(
     assert [row["step"] for row in lines(out)] == [0, 1, 2, 3]
 
 
+SPOILT = [7, 8, 9]  # the first tokens of responses that are spoilt
+
+
 def spoil_advantages(args, spoilt):
     """The advantage of a response whose first token is in `spoilt` is nan."""
     build = train_hpt.build_sequences
@@ -702,7 +705,8 @@ def spoil_advantages(args, spoilt):
 def test_a_skipped_update_says_what_it_trained_on(run, tmp_path, ranks):
     """Only the prompts whose gradient is not finite; the others are innocent."""
     out = tmp_path / "run"
-    status, output = run(out, "--method", "dr_grpo", fault=(spoil_advantages, [7]), ranks=ranks)
+    fault = (spoil_advantages, SPOILT)
+    status, output = run(out, "--method", "dr_grpo", fault=fault, ranks=ranks)
     assert status == 0, output
     skipped = {row["step"]: row["optim/skipped"] for row in lines(out) if row["step"]}
     rows = lines(out, "skipped.jsonl")
@@ -711,11 +715,11 @@ def test_a_skipped_update_says_what_it_trained_on(run, tmp_path, ranks):
     groups = {}
     for row in rows:
         assert row["row"] == "dr_grpo" and row["network"] == "policy"
-        assert (row["advantage"] is None) == (row["response_ids"][0] == 7)
+        assert (row["advantage"] is None) == (row["response_ids"][0] in SPOILT)
         assert row["prompt"] and row["response"]
         groups.setdefault((row["update"], *row["prompt_ids"]), []).append(row["response_ids"])
-    for group in groups.values():
-        assert len(group) == 3 and any(response[0] == 7 for response in group)
+    for group in groups.values():  # without those that have no signal, which are not computed
+        assert len(group) <= 3 and any(response[0] in SPOILT for response in group)
 
 
 def test_too_many_skipped_updates_in_a_row_end_the_run(run, tmp_path):
