@@ -64,6 +64,7 @@ TRAINING_NUMBERS = {
         "--tensor-parallel",
         "--steps",
         "--minibatches-per-step",
+        "--replicas",
         "--tokens-per-microbatch",
         "--eval-samples",
     ],
