@@ -13,6 +13,7 @@ import ipaddress
 import math
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -203,6 +204,21 @@ def print_uncaught(kind, error, traceback_) -> None:
 sys.excepthook = print_uncaught
 
 
+def end_when_interrupted() -> None:
+    """Let Ctrl-C end the program at once, until `one_failure_message` surrounds its work.
+
+    It is for the slow imports: some libraries catch the KeyboardInterrupt there and go on.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _end_now)
+
+
+def _end_now(*_):
+    if int(os.environ.get("RANK", 0)) == 0:
+        os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
 @contextlib.contextmanager
 def one_failure_message(quiet: bool = False):
     """Around a program under torchrun: if every rank fails with the same message, print it once.
@@ -213,6 +229,8 @@ def one_failure_message(quiet: bool = False):
     others print to standard error is dropped: argparse prints its message before it raises.
     """
     my_rank = int(os.environ.get("RANK", 0))  # the process group may not exist yet
+    if signal.getsignal(signal.SIGINT) is _end_now:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     silence = contextlib.redirect_stderr(io.StringIO()) if quiet and my_rank else None
     try:
         with silence or contextlib.nullcontext():

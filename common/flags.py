@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
-from common.distributed import one_failure_message, printable
+from common.distributed import end_when_interrupted, one_failure_message, printable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOY_ARGS = REPOSITORY / "toy" / "toy.args"
@@ -129,6 +129,8 @@ def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
             words = [f"@{TOY_ARGS}", *words]
         args = parser.parse_args(parser.expand(words))
         check_training(parser, args)
+    if argv is None:
+        end_when_interrupted()  # while the program imports what is slow
     return args
 
 
@@ -138,6 +140,8 @@ def parse_evaluation_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser = evaluation_parser()
         args = parser.parse_args(parser.expand(sys.argv[1:] if argv is None else argv))
         check_evaluation(parser, args)
+    if argv is None:
+        end_when_interrupted()
     return args
 
 
