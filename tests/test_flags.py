@@ -65,6 +65,7 @@ TRAINING_NUMBERS = {
         "--tensor-parallel",
         "--steps",
         "--minibatches-per-step",
+        "--replicas",
         "--tokens-per-microbatch",
         "--eval-samples",
     ],

@@ -189,7 +189,7 @@ def test_a_demonstration_with_a_box_is_left_alone(tmp_path, demonstration):
 
 def test_the_boxed_demonstrations_are_counted(tmp_path):
     box = {"prompt": "1+2", "answer": "3", "demonstration": "\\boxed{3}"}
-    path = write(tmp_path / "a.jsonl", GSM8K, GSM8K, box)
+    path = write(tmp_path / "a.jsonl", GSM8K, GSM8K | {"question": "Another?"}, box)
     args = flags.parse_training_args(["--model", "m"])
     problems, left_out = data.load_fitting_problems(args, path, make.tokenizer(), True)
     assert len(problems) == 3

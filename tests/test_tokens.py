@@ -364,7 +364,7 @@ def test_a_template_may_leave_out_what_an_assistant_thought(tmp_path, chatml):
 )
 def test_system_messages_that_are_left_out_are_counted(tmp_path, chatml, more, sentence):
     with_system = {"prompt": "1+2", "answer": "3", "system": "S"}
-    rows = [with_system, with_system, {"prompt": "1+2", "answer": "3"}]
+    rows = [with_system, with_system | {"prompt": "2+1"}, {"prompt": "0+3", "answer": "3"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = flags.parse_training_args(["--model", "m", *more])
     _, left_out = data.load_fitting_problems(args, str(tmp_path / "a.jsonl"), chatml)
