@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -625,7 +626,8 @@ def test_the_sampler_gets_the_overrides_of_the_flags(monkeypatch):
     args = training_args("--rope-theta", "40000", "--max-position-embeddings", "512")
     with pytest.raises(Stop):
         inputs = train_hpt.Inputs(None, Qwen2Config(), [], "", [], "", [1])
-        train_hpt.start(args, METHODS["hpt"], inputs)
+        memory = SimpleNamespace(utilization=0.5, concurrent=256)
+        train_hpt.start(args, METHODS["hpt"], inputs, memory)
     config = given["override"](Qwen2Config(attention_dropout=0.1))
     assert config.rope_parameters["rope_theta"] == 40000.0
     assert (config.max_position_embeddings, config.attention_dropout) == (512, 0.0)

@@ -756,7 +756,7 @@ def test_weights_that_are_not_numbers_are_no_score_of_0(files, tmp_path):
     line = command(model, files[:1], tmp_path / "out")
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
-    assert "error: the model's probabilities are not numbers (nan)" in done.stderr
+    assert f"error: --model {model}: its weights are not finite numbers" in done.stderr
     assert "Traceback" not in done.stderr
 
 

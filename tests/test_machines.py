@@ -70,7 +70,7 @@ def test_a_single_process_has_no_store_that_listens_and_waits_long(environment, 
     monkeypatch.setattr(dist, "init_process_group", lambda _, **settings: asked.update(settings))
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", set_later.append)
     distributed.init_process_group()
-    assert isinstance(asked["store"], dist.HashStore)
+    assert isinstance(asked["store"].underlying_store, dist.HashStore)
     assert asked["timeout"] <= datetime.timedelta(hours=1) < datetime.timedelta(hours=6)
     assert set_later == [distributed.TIMEOUT] and asked["timeout"] < distributed.TIMEOUT
 

@@ -81,7 +81,7 @@ def test_the_held_out_problems_are_evaluated_when_they_are_due(toy_run):
 def test_the_learning_rate_warms_up_as_the_toy_says(toy_run):
     _, out, _ = toy_run
     rates = [row["optim/lr"] for row in metrics(out)[1:]]
-    assert rates == pytest.approx([1e-4 * share for share in (0.4, 0.8, 1.0)])
+    assert rates == pytest.approx([2.5e-4 * share for share in (0.4, 0.8, 1.0)])
 
 
 def test_every_step_trains_and_samples_with_the_trainers_weights(toy_run):

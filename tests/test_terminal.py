@@ -92,7 +92,7 @@ def test_the_plan_of_a_run(capsys, tmp_path):
         args,
         tmp_path,
         parameters=1,
-        trained_parameters=1,
+        memory=[],
         tokenizer=SimpleNamespace(decode=lambda ids: ESCAPE),
         problems=[problem],
         left_out="",
