@@ -93,7 +93,7 @@ def work(items):
     if distributed.rank() == 1 and sys.argv[1] != "is late":
         end(sys.argv[1])
     if distributed.rank() == 1:
-        time.sleep(4)
+        time.sleep(12)
     return items
 
 with distributed.one_failure_message():
@@ -135,8 +135,8 @@ def test_a_rank_that_ends_ends_the_other_with_its_own_message_on_top(job, how, s
 
 
 def test_a_rank_that_is_late_is_waited_for_as_long_as_the_limit_says(job):
-    """Rank 1 works for 4 seconds while rank 0 is done; the limit for joining is not for this."""
-    assert run_two_ranks(job, "is late", "2", "60")[0] == 0
+    """Rank 1 works for 12 seconds while rank 0 is done; the limit for joining is not for this."""
+    assert run_two_ranks(job, "is late", "10", "60")[0] == 0
     status, lines, _ = run_two_ranks(job, "is late", "60", "1")
     assert status != 0 and any("rank 0 lost the others" in line for line in lines)
 
