@@ -295,7 +295,14 @@ def build_policy(args, config, device) -> Policy:
     """The policy from --model, sharded, with its optimizer."""
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, **safely(args))
+    lm, report = AutoModelForCausalLM.from_pretrained(
+        args.model, config=config, output_loading_info=True, **safely(args)
+    )
+    if report["missing_keys"]:  # transformers has made them up
+        raise SystemExit(
+            f"error: --model {args.model}: the weights have no {min(report['missing_keys'])}: take "
+            "a checkpoint that is whole"
+        )
     policy = shard(Policy(lm, args.temperature), args, device)
     policy.check_finite(f"--model {args.model}")
     return policy

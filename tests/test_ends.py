@@ -146,6 +146,25 @@ def test_weights_that_are_not_numbers_are_not_trained(base, one_rank, value):
         model.build_critic(args, config, torch.device("cpu"))
 
 
+def test_a_missing_weight_is_never_made_up(base, one_rank):
+    """Other names in a file may be translated by transformers: it is asked what was missing."""
+    from safetensors.torch import load_file, save_file
+
+    args, config, _, _ = load(base)
+    weights = load_file(base / "model.safetensors")
+    kept = weights.pop("model.layers.2.mlp.up_proj.weight")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"the weights have no model.layers.2.mlp.up_proj.weight"):
+        data.check_weights(str(base), config)
+    weights["another.layout"] = kept
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    data.check_weights(str(base), config)
+    with pytest.raises(
+        SystemExit, match=r"^error: --model .* have no .*2.mlp.up_proj.weight: take"
+    ):
+        model.build_policy(args, config, torch.device("cpu"))
+
+
 def set_gradient(policy, value):
     for parameter in policy.parameters():
         parameter.grad = torch.full_like(parameter, value)
