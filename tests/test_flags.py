@@ -61,7 +61,6 @@ TRAINING_NUMBERS = {
         "--max-response-tokens",
         "--prompts-per-step",
         "--samples-per-prompt",
-        "--replicas",
         "--tensor-parallel",
         "--steps",
         "--minibatches-per-step",
