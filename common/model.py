@@ -298,14 +298,24 @@ def build_policy(args, config, device) -> Policy:
     lm, report = AutoModelForCausalLM.from_pretrained(
         args.model, config=config, output_loading_info=True, **safely(args)
     )
-    if report["missing_keys"]:  # transformers has made them up
-        raise SystemExit(
-            f"error: --model {args.model}: the weights have no {min(report['missing_keys'])}: take "
-            "a checkpoint that is whole"
-        )
+    check_none_made_up(lm, set(report["missing_keys"]), f"--model {args.model}")
     policy = shard(Policy(lm, args.temperature), args, device)
     policy.check_finite(f"--model {args.model}")
     return policy
+
+
+def check_none_made_up(lm, missing: set[str], where: str) -> None:
+    """Raise SystemExit if a weight was not in the files, so that transformers has made it up.
+
+    missing: names that were not there. A tied weight may be there under its other name.
+    """
+    parameters = list(lm.named_parameters(remove_duplicate=False))
+    there = {id(parameter) for name, parameter in parameters if name not in missing}
+    made_up = [name for name, parameter in parameters if id(parameter) not in there]
+    if made_up:
+        raise SystemExit(
+            f"error: {where}: the weights have no {made_up[0]}: take a checkpoint that is whole"
+        )
 
 
 def build_critic(args, config, device) -> Critic:

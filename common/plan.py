@@ -98,7 +98,7 @@ class MemoryPlan:
         text = [
             f"memory per rank, estimated: {self.resident / GB:.2f} GB for weights and Adam's "
             f"moments, {self.peak / GB:.2f} GB at the peak of training; the {where} has "
-            f"{self.device / GB:.1f} GB",
+            f"{self.device / GB:.1f} GB; loading takes {self.loading / GB:.2f} GB of host memory",
         ]
         if self.has_gpu:
             text.append(

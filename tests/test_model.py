@@ -239,7 +239,7 @@ def build_and_save(rank, folder):
         policy = model.build_policy(flags_of(folder / name), config, cpu)
         facts[name] = facts_of(policy) | {"temperature": policy.temperature}
         policy.save(folder / f"{name}-saved", make.tokenizer())
-    replicated = flags_of(folder / "tied")
+    replicated = flags_of(folder / "untied")
     replicated.replicas = 2
     facts["replicated"] = facts_of(model.build_policy(replicated, config, cpu))
     with torch.no_grad():  # as the old-policy pass of a later mini-batch
