@@ -6,6 +6,7 @@ its flags before it pays for slow imports.
 """
 
 import contextlib
+import ctypes
 import datetime
 import hashlib
 import io
@@ -19,8 +20,6 @@ import sys
 import time
 import traceback
 
-from common import interrupt
-
 # How long a rank waits for the others at the start, where one that has failed on another machine is
 # not noticed.
 TIME_TO_JOIN = datetime.timedelta(minutes=15)
@@ -28,6 +27,8 @@ TIME_TO_JOIN = datetime.timedelta(minutes=15)
 # share of a large evaluation, or of slow grading. A rank that ends is noticed at once, whatever
 # this says: its connections close.
 TIMEOUT = datetime.timedelta(hours=12)
+SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
+LAUNCHER = os.getppid()  # as it was when the program started
 
 
 def derive_seed(*key) -> int:
@@ -53,7 +54,7 @@ def init_process_group():
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    interrupt.end_with_launcher()
+    end_with_launcher()
     gpu = torch.cuda.is_available()
     alone = "MASTER_ADDR" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1
     if alone:
@@ -75,6 +76,18 @@ def init_process_group():
     )
     dist.distributed_c10d._set_pg_timeout(TIMEOUT)
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def end_with_launcher() -> None:
+    """Let the kernel kill this rank when torchrun dies, however that happens.
+
+    Without this, kill -9 of torchrun leaves its ranks training, and a resumed run beside them.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != LAUNCHER:  # it has died already
+        raise SystemExit("error: torchrun has died")
 
 
 def choose_network() -> None:
@@ -215,6 +228,25 @@ def print_uncaught(kind, error, traceback_) -> None:
 sys.excepthook = print_uncaught
 
 
+def during_imports() -> None:
+    """Until `in_main`, Ctrl-C ends the program with a word, not with a traceback of an import."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def in_main() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(_number, _frame) -> None:
+    """The handler of SIGINT during imports."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
+
+
 @contextlib.contextmanager
 def one_failure_message(quiet: bool = False):
     """Around a program under torchrun: if every rank fails with the same message, print it once.
@@ -224,7 +256,7 @@ def one_failure_message(quiet: bool = False):
     ended waits too, so that the message of that other one stands on top. With `quiet`, what the
     others print to standard error is dropped: argparse prints its message before it raises.
     """
-    interrupt.in_main()
+    in_main()
     my_rank = int(os.environ.get("RANK", 0))  # the process group may not exist yet
     silence = contextlib.redirect_stderr(io.StringIO()) if quiet and my_rank else None
     try:

@@ -19,9 +19,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common import interrupt
 from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
-from common.distributed import one_failure_message, printable
+from common.distributed import during_imports, one_failure_message, printable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOY_ARGS = REPOSITORY / "toy" / "toy.args"
@@ -128,7 +127,7 @@ def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(parser.expand(words))
         check_training(parser, args)
     if argv is None:  # the program goes on with slow imports
-        interrupt.during_imports()
+        during_imports()
     return args
 
 
@@ -139,7 +138,7 @@ def parse_evaluation_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(parser.expand(sys.argv[1:] if argv is None else argv))
         check_evaluation(parser, args)
     if argv is None:  # the program goes on with slow imports
-        interrupt.during_imports()
+        during_imports()
     return args
 
 

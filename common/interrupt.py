@@ -1,49 +1,14 @@
-"""What happens when a run is told to stop, or loses its launcher.
+"""What happens when a run is told to stop.
 
 SIGTERM and Ctrl-C let the step in hand be finished and saved; a second Ctrl-C ends at once. After a
 second Ctrl-C, torchrun sends SIGTERM to its ranks.
 """
 
-import ctypes
 import os
 import signal
 import sys
 
-SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
-LAUNCHER = os.getppid()  # as it was when the program started
-
 _asked = 0  # the number of the first signal that told this rank to stop
-
-
-def end_with_launcher() -> None:
-    """Let the kernel kill this rank when torchrun dies, however that happens.
-
-    Without this, kill -9 of torchrun leaves its ranks training, and a resumed run beside them.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != LAUNCHER:  # it has died already
-        raise SystemExit("error: torchrun has died")
-
-
-def during_imports() -> None:
-    """Until `in_main`, Ctrl-C ends the program with a word, not with a traceback of an import."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
-
-
-def in_main() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _end(_number, _frame) -> None:
-    """The handler of SIGINT during imports."""
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"interrupted\n")
-    os._exit(128 + signal.SIGINT)
 
 
 def listen() -> None:

@@ -51,6 +51,11 @@ def test_imports_go_downwards(path):
         assert both_common or FLOORS[name.split(".")[0]] < FLOORS[own.split(".")[0]], name
 
 
+def test_common_distributed_is_the_ground_of_common():
+    """Every other module of common/ may import it, so it imports none of them."""
+    assert not [name for name in imported(ROOT / "common/distributed.py") if "common" in name]
+
+
 def test_common_has_no_circle():
     graph = {module_name(p): imported(p) for p in SOURCES if p.parent.name == "common"}
     while graph:

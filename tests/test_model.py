@@ -67,28 +67,28 @@ def test_without_a_wish_for_it_there_is_no_entropy():
     assert Policy(tiny_lm(), 1.0)(IDS, RESPONSE, LENGTHS)[1] is None
 
 
-def gemma2(cap):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Gemma2Config(
+def with_large_logits(family, **settings):
+    """A small model of a family, whose logits are so large that a cap or a scale matters."""
+    config = AutoConfig.for_model(
+        family,
         vocab_size=32,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
-        final_logit_softcapping=cap,
+        pad_token_id=0,
+        **settings,
     )
-    lm = Gemma2ForCausalLM(config).double()
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config).double()
     with torch.no_grad():
-        lm.get_output_embeddings().weight.mul_(50)  # so that the cap matters
+        lm.get_output_embeddings().weight.mul_(50)
     return lm
 
 
 def test_gemma_2s_soft_cap_on_logits_is_applied():
-    lm = gemma2(1.0)
+    lm = with_large_logits("gemma2", head_dim=8, final_logit_softcapping=1.0)
     wanted, _ = plain_log_probabilities(lm, 1.0)
     assert torch.allclose(Policy(lm, 1.0)(IDS, RESPONSE, LENGTHS)[0], wanted)
     uncapped = Policy(lm, 1.0)
@@ -105,21 +105,7 @@ def test_gemma_2s_soft_cap_on_logits_is_applied():
     ],
 )
 def test_a_familys_scale_of_logits_is_applied(family, settings):
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=0,
-        **settings,
-    )
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(config).double()
-    with torch.no_grad():
-        lm.get_output_embeddings().weight.mul_(50)  # so that the scale matters
+    lm = with_large_logits(family, **settings)
     wanted, _ = plain_log_probabilities(lm, 0.7)
     policy = Policy(lm, 0.7)
     assert torch.allclose(policy(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-5)
