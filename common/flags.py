@@ -373,7 +373,7 @@ def add_optimisation_flags(parser: Parser) -> None:
         "--replicas",
         COUNT,
         1,
-        "copies of the weights, as one per machine; each is sharded over its ranks",
+        "copies of the weights, say one per machine; each is sharded over its ranks",
     )
     number(group, "--lr", POSITIVE, 5e-6, "learning rate of AdamW, constant after warm-up")
     number(group, "--warmup-steps", COUNT_OR_0, 0, "optimizer steps of linear warm-up")

@@ -221,7 +221,7 @@ class Policy(Network):
 
 
 def logit_scale(config) -> float:
-    """What a family multiplies the output layer's result by: 1, except in Cohere, Granite and some.
+    """The factor of the output layer's result: 1, except in Cohere, Granite and a few others.
 
     transformers does it outside of the output layer, under several names.
     """
@@ -295,10 +295,10 @@ def build_policy(args, config, device) -> Policy:
     """The policy from --model, sharded, with its optimizer."""
     from transformers import AutoModelForCausalLM
 
-    lm, report = AutoModelForCausalLM.from_pretrained(
+    lm, loading = AutoModelForCausalLM.from_pretrained(
         args.model, config=config, output_loading_info=True, **safely(args)
     )
-    check_none_made_up(lm, set(report["missing_keys"]), f"--model {args.model}")
+    check_none_made_up(lm, set(loading["missing_keys"]), f"--model {args.model}")
     policy = shard(Policy(lm, args.temperature), args, device)
     policy.check_finite(f"--model {args.model}")
     return policy
