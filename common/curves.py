@@ -22,11 +22,20 @@ PANELS = {  # metric -> title of its panel; a panel that no run has is left out
 SHARES = ("reward", "hpt", "eval")  # the metrics named so lie between 0 and 1
 
 
+# Colours that colour-blind readers can tell apart (Okabe and Ito, 2008); then again, dashed.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--")
+
+
 def plot(runs, path, panels=PANELS):
-    """Draw one panel per metric, with one line per run, into the PNG file `path`.
+    """Draw one panel per metric into the PNG file `path`, with one line per label.
+
+    The line of several runs, say of several seeds, is their mean, and a band reaches from the
+    lowest to the highest of them.
 
     Args:
-        runs: {label: {metric: [(step, value), ...]}}, the form that report.read_metrics returns.
+        runs: {label: [metrics of a run, ...]}, each in the form that report.read_metrics returns,
+            {metric: [(step, value), ...]}.
         path: the file to write.
         panels: {metric: title}; a metric that no run has gets no panel.
 
@@ -34,38 +43,49 @@ def plot(runs, path, panels=PANELS):
         SystemExit: the file cannot be written, or matplotlib is missing.
     """
     pyplot = _pyplot()
-    shown = [name for name in panels if any(name in metrics for metrics in runs.values())]
+    every_run = [metrics for group in runs.values() for metrics in group]
+    shown = [name for name in panels if any(name in metrics for metrics in every_run)]
     columns = min(3, max(1, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))
-    size = (4.2 * columns, 2.7 * rows)
+    size = (3.6 * columns, 2.5 * rows)
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, layout="constrained", figsize=size)
-    colors = {label: f"C{i}" for i, label in enumerate(runs)}
     for axis, name in zip(axes.flat, shown, strict=False):
-        _draw_panel(axis, name, panels[name], runs, colors)
+        _draw_panel(axis, name, panels[name], runs)
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     figure.legend(
-        [pyplot.Line2D([], [], color=color) for color in colors.values()],
-        list(colors),
+        [pyplot.Line2D([], [], linewidth=2, **_style(i)) for i in range(len(runs))],
+        list(runs),
         loc="outside lower center",
-        ncols=min(4, len(colors)),
-        fontsize=8,
+        ncols=min(4, len(runs)),
+        fontsize=10,
+        frameon=False,
     )
     _save(figure, path)
 
 
-def _draw_panel(axis, name, title, runs, colors):
-    """Draw one metric of every run that has it."""
-    for label, metrics in runs.items():
-        if name in metrics:
-            steps, values = zip(*metrics[name], strict=True)
-            marker = "o" if len(steps) < 12 else None
-            axis.plot(
-                steps, values, color=colors[label], marker=marker, markersize=3, linewidth=1.2
-            )
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel("step", fontsize=8)
-    axis.tick_params(labelsize=8)
+def _style(i):
+    """Return the colour and the dashes of the i-th line."""
+    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
+
+
+def _draw_panel(axis, name, title, runs):
+    """Draw one metric of every label whose runs have it."""
+    for i, group in enumerate(runs.values()):
+        values = {}  # {step: values of the runs}
+        for metrics in group:
+            for step, value in metrics.get(name, []):
+                values.setdefault(step, []).append(value)
+        steps = sorted(values)
+        means = [sum(values[step]) / len(values[step]) for step in steps]
+        marker = "o" if len(steps) < 12 else None
+        axis.plot(steps, means, marker=marker, markersize=3, linewidth=1.6, **_style(i))
+        if len(group) > 1:
+            low, high = [min(values[step]) for step in steps], [max(values[step]) for step in steps]
+            axis.fill_between(steps, low, high, color=_style(i)["color"], alpha=0.15, linewidth=0)
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("step", fontsize=10)
+    axis.tick_params(labelsize=9)
     axis.grid(alpha=0.3)
     if name.startswith(SHARES):
         axis.set_ylim(-0.02, 1.02)
@@ -76,22 +96,17 @@ def pass_at_k(curves, path):
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
     largest = 1
-    for label, values in curves.items():
-        axis.plot(
-            list(values),
-            list(values.values()),
-            label=label,
-            marker="o",
-            markersize=3,
-            linewidth=1.2,
-        )
+    for i, (label, values) in enumerate(curves.items()):
+        ks, shares = list(values), list(values.values())
+        axis.plot(ks, shares, label=label, marker="o", markersize=3, linewidth=1.6, **_style(i))
         largest = max(largest, *values)
     ticks = [2**i for i in range(largest.bit_length())]
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [str(k) for k in ticks])
-    axis.set(xlabel="k", ylabel="pass@k, %")
+    axis.set_xlabel("k", fontsize=10)
+    axis.set_ylabel("pass@k, %", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=9, frameon=False)
     _save(figure, path)
 
 

@@ -580,22 +580,6 @@ def read_metrics(run) -> dict[str, list]:
     return series
 
 
-def mean_metrics(runs: list) -> dict[str, list]:
-    """Return the means of several runs' metrics, {metric: [(step, mean), ...]}.
-
-    The mean at a step is over the runs that have the metric at that step.
-    """
-    values = {}
-    for run in runs:
-        for name, points in read_metrics(run).items():
-            for step, value in points:
-                values.setdefault(name, {}).setdefault(step, []).append(value)
-    means = {}
-    for name, steps in values.items():
-        means[name] = [(step, sum(steps[step]) / len(steps[step])) for step in sorted(steps)]
-    return means
-
-
 def closing_table(out: Path, args) -> None:
     """Print the run's closing table on rank 0, draw curves.png and list the files of the run.
 
@@ -615,7 +599,7 @@ def closing_table(out: Path, args) -> None:
         f"\noffline ratio, mean of {few} steps: "
         f"{at_the_start:.3f} at the start, {at_the_end:.3f} at the end"
     )
-    curves.plot({out.name: metrics}, out / "curves.png")
+    curves.plot({out.name: [metrics]}, out / "curves.png")
     for name, what in FILES.items():
         if (out / name).exists():
             say(f"  {out / name}: {what}")
@@ -630,13 +614,14 @@ def _before_and_after(rows, temperature):
     before = by_level([row for row in rows if row["step"] == 0])
     after = by_level([row for row in rows if row["step"] == last_step])
     samples = rows[0]["samples"]
+    width = max(8, *(len(one_line(level)) for level in before))
     lines = [
         f"\nheld-out accuracy, %, mean of {samples} sample{'s' if samples > 1 else ''} "
         f"at temperature {temperature:g}, +- one standard error over problems",
-        f"{'level':>8} {'problems':>9} {'before':>14} {'after':>14}",
+        f"{'level':>{width}} {'problems':>9} {'before':>14} {'after':>14}",
     ]
     for level, results in before.items():
-        line = f"{one_line(level):>8} {len(results):>9}"
+        line = f"{one_line(level):>{width}} {len(results):>9}"
         for part in (results, after[level]):
             score = mean_and_error([accuracy(result) for result in part])
             line += f" {100 * score.mean:>7.1f} +-{100 * score.error:4.1f}"

@@ -1,8 +1,9 @@
-"""Train the paper's methods on the toy from one base, for equally many steps, and compare them.
+"""Train several methods from one base, for equally many steps, and compare them.
 
-    python -m tools.compare                three seeds of every method
-    python -m tools.compare --seeds 1      one seed
-    python -m tools.compare --report       the tables and figures again, from the runs that exist
+    python -m tools.compare                               the toy: three seeds of every method
+    python -m tools.compare --task word-problems          a language model of 135 M parameters
+    python -m tools.compare --only HPT GRPO --seeds 1     some methods, one seed
+    python -m tools.compare --report                      the tables and figures of existing runs
 
 Each run is the program that a user would start, `torchrun train_hpt.py`; its log begins with its
 command. The same command again continues: finished runs are kept, a run that was stopped starts
@@ -13,11 +14,13 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,39 +28,102 @@ from common import curves, flags, report
 from toy import make
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-HARD_LEVELS = (5, 6)  # of such sums the base solves less than 3 in 100
-LONGER_STEPS = 60
+
+
+# ------------------------------------------------------------------------------- what is compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """How one row of the comparison is trained."""
+    """How one row of a comparison is trained."""
 
     method: str
-    gamma: float = 0.0
+    flags: tuple = ()  # of train_hpt.py, over those of the task; {folder} is the comparison's
+    length: float = 1.0  # its steps, as a multiple of --steps
     parent: str | None = None  # the arm whose final model this one starts from
-    longer_sums: bool = False  # sums of 7 digits, which the base never solves
+    table: str = "from the base"  # the table that shows it; "" if it is only a parent
 
 
-ARMS = {
-    "SFT": Arm("sft"),
-    "GRPO": Arm("grpo"),
-    "Dr. GRPO": Arm("dr_grpo"),
-    "PPO": Arm("ppo"),
-    "SFT -> GRPO": Arm("grpo", parent="SFT"),
-    "LUFFY": Arm("luffy"),
-    "SRFT": Arm("srft"),
-    "HPT": Arm("hpt"),
-    "HPT, gamma 1/8": Arm("hpt", gamma=1 / 8),
-    "HPT, gamma 2/8": Arm("hpt", gamma=2 / 8),
-    "HPT, Mix/ON": Arm("hpt_mix"),
-    "HPT, OFF/ON": Arm("hpt_off"),
-    "GRPO, longer sums": Arm("grpo", longer_sums=True),
-    "HPT, longer sums": Arm("hpt", longer_sums=True),
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the arms are trained on, and how they are measured."""
+
+    recipe: Path  # an argument file of train_hpt.py
+    steps: int  # the default of --steps
+    flags: tuple  # of every arm, over those of the recipe; {halfway} is half of the arm's steps
+    columns: dict[str, Callable]  # title -> the levels whose held-out accuracy the column shows
+    hard: Callable  # the levels of the held-out problems that are sampled many times
+    samples: int  # the default of --samples, per hard problem
+    sampled: tuple[str, ...]  # the arms whose models sample the hard problems; perhaps the base
+    arms: dict[str, Arm]
+
+
+LONGER = {
+    "flags": (
+        *("--data", "{folder}/longer.jsonl", "--eval-data", "{folder}/longer_held_out.jsonl"),
+        *("--max-prompt-tokens", 24, "--lr", 5e-4),
+    ),
+    "length": 2.0,
+    "table": "sums of 7 digits, which the base never solves; twice the steps, lr 5e-4",
 }
-MAIN_ARMS = list(ARMS)[:8]  # the paper's table; these get pass@k with many samples, and curves
+TOY = Task(
+    recipe=flags.TOY_ARGS,
+    steps=30,
+    flags=("--eval-every", "{halfway}", "--eval-samples", 8, "--lr", 1e-4),
+    columns={"held out, %": lambda level: True, "levels 5-6, %": lambda level: level in (5, 6)},
+    hard=lambda level: level in (5, 6),
+    samples=64,
+    sampled=("base", "SFT", "GRPO", "Dr. GRPO", "PPO", "SFT -> GRPO", "LUFFY", "SRFT", "HPT"),
+    arms={
+        "SFT": Arm("sft"),
+        "GRPO": Arm("grpo"),
+        "Dr. GRPO": Arm("dr_grpo"),
+        "PPO": Arm("ppo"),
+        "SFT -> GRPO": Arm("grpo", parent="SFT"),
+        "LUFFY": Arm("luffy"),
+        "SRFT": Arm("srft"),
+        "HPT": Arm("hpt"),
+        "HPT, gamma 1/8": Arm("hpt", ("--gamma", 1 / 8)),
+        "HPT, gamma 2/8": Arm("hpt", ("--gamma", 2 / 8)),
+        "HPT, Mix/ON": Arm("hpt_mix"),
+        "HPT, OFF/ON": Arm("hpt_off"),
+        "GRPO, longer sums": Arm("grpo", **LONGER),
+        "HPT, longer sums": Arm("hpt", **LONGER),
+    },
+)
+
+WARM = "from the base after a few steps of SFT, a start from which GRPO has rewards"
+C_SFT = "the coefficient of SFT in HPT"
+WORD_PROBLEMS = Task(
+    recipe=report.REPOSITORY / "recipes/smollm2-135m-word-problems.args",
+    steps=30,
+    flags=("--eval-every", 0),
+    columns={
+        "held out, %": lambda level: "new" not in level,
+        "new wordings, %": lambda level: "new" in level,
+        "levels 4-6, %": lambda level: level in ("4", "5", "6"),
+    },
+    hard=lambda level: level in ("4", "5", "6"),
+    samples=16,
+    sampled=("SFT", "HPT", "GRPO, warm", "HPT, warm"),
+    arms={
+        "SFT": Arm("sft"),
+        "GRPO": Arm("grpo"),
+        "SFT, half": Arm("sft", length=0.5, table=""),
+        "SFT -> GRPO": Arm("grpo", length=0.5, parent="SFT, half"),
+        "LUFFY": Arm("luffy"),
+        "HPT": Arm("hpt"),
+        "SFT, a few steps": Arm("sft", length=0.2, table=""),
+        "GRPO, warm": Arm("grpo", parent="SFT, a few steps", table=WARM),
+        "HPT, warm": Arm("hpt", parent="SFT, a few steps", table=WARM),
+        "HPT, c_sft 0.05": Arm("hpt", ("--sft-coef", 0.05), table=C_SFT),
+        "HPT, c_sft 0.3": Arm("hpt", ("--sft-coef", 0.3), table=C_SFT),
+    },
+)
+TASKS = {"toy": TOY, "word-problems": WORD_PROBLEMS}
 PANELS = {
     "reward/mean": "reward on training prompts",
+    "hpt/sft_frac": "share of gated prompts",
     "hpt/offline_ratio": "offline ratio",
     "policy/entropy": "entropy per token, nats",
     "response_length/mean": "response length, tokens",
@@ -72,9 +138,11 @@ PANELS = {
 class Comparison:
     """Where the runs are, and what they have in common."""
 
+    task: Task
     folder: Path
-    steps: int  # of every arm except those on longer sums
+    steps: int  # of an arm whose length is 1
     samples: int  # per hard held-out problem, for pass@k
+    model: str | None = None  # replaces the base that the recipe names
 
     def directory(self, label: str, seed: int) -> Path:
         """Return the output directory of a run."""
@@ -86,29 +154,36 @@ class Comparison:
         """Return the directory of an arm's many samples of hard problems, taken with seed 0."""
         return self.directory(label, 0).with_suffix(".pass")
 
+    def steps_of(self, label: str) -> int:
+        """Return how many rollout steps an arm takes."""
+        return max(1, round(self.task.arms[label].length * self.steps))
+
     def training_command(self, label: str, seed: int) -> list:
         """Return the command line that trains a run."""
-        arm, out = ARMS[label], self.directory(label, seed)
-        command = [*TORCHRUN, report.REPOSITORY / "train_hpt.py", f"@{flags.TOY_ARGS}"]
-        command += ["--method", arm.method, "--gamma", arm.gamma, "--seed", seed, "--out", out]
-        command += ["--eval-every", self.steps // 2, "--eval-samples", 8, "--lr", 1e-4]
-        if arm.longer_sums:
-            command += ["--data", self.folder / "longer.jsonl"]
-            command += ["--eval-data", self.folder / "longer_held_out.jsonl"]
-            command += ["--max-prompt-tokens", 24, "--lr", 5e-4, "--steps", LONGER_STEPS]
-        else:
-            command += ["--steps", self.steps]
+        arm, steps = self.task.arms[label], self.steps_of(label)
+        words = {"folder": self.folder, "halfway": steps // 2}
+        command = [*TORCHRUN, report.REPOSITORY / "train_hpt.py", f"@{self.task.recipe}"]
+        if self.model:
+            command += ["--model", self.model]
+        command += [str(word).format(**words) for word in (*self.task.flags, *arm.flags)]
+        command += ["--method", arm.method, "--steps", steps, "--seed", seed]
+        command += ["--out", self.directory(label, seed)]
         if arm.parent:
             command += ["--model", self.directory(arm.parent, seed) / "final"]
         return command
 
+    def recipe_flags(self):
+        """Return the flags of the recipe, parsed."""
+        model = ["--model", self.model] if self.model else []
+        return flags.parse_training_args([f"@{self.task.recipe}", *model])
+
     def sampling_command(self, label: str, model: Path | str) -> list:
         """Return the command line that samples the hard held-out problems many times."""
-        toy = flags.parse_training_args([f"@{flags.TOY_ARGS}"])
+        recipe = self.recipe_flags()
         command = [*TORCHRUN, report.REPOSITORY / "evaluate.py", "--model", model]
         command += ["--data", self.folder / "hard_held_out.jsonl", "--samples", self.samples]
-        command += ["--temperature", 1.0, "--top-p", 1.0]
-        command += ["--max-response-tokens", toy.max_response_tokens]
+        command += ["--temperature", 1.0, "--top-p", 1.0, "--system-prompt", recipe.system_prompt]
+        command += ["--max-response-tokens", recipe.max_response_tokens]
         return [*command, "--out", self.pass_directory(label)]
 
     def run(self, job: tuple[str, int]) -> bool:
@@ -122,13 +197,13 @@ class Comparison:
             call(self.training_command(label, seed), self.folder / f"{out.name}.log")
         else:
             self.check_steps(label, out)
-        if seed == 0 and label in MAIN_ARMS:
+        if seed == 0 and label in self.task.sampled:
             is_new |= self.sample_hard_problems(label, out / "final")
         return is_new
 
     def check_steps(self, label: str, out: Path) -> None:
         """Raise SystemExit unless a finished run took as many steps as it would now."""
-        wanted = LONGER_STEPS if ARMS[label].longer_sums else self.steps
+        wanted = self.steps_of(label)
         steps = json.loads((out / "config.json").read_text())["flags"]["steps"]
         if steps != wanted:
             raise SystemExit(
@@ -145,12 +220,14 @@ class Comparison:
         return True
 
     def write_problems(self) -> None:
-        """Write the problems that the toy does not ship: longer sums, and its hard ones alone."""
-        longer, longer_held_out = make.problems(counts={7: 500})
-        hard = [row for row in make.problems()[1] if row["level"] in HARD_LEVELS]
-        write_jsonl(self.folder / "longer.jsonl", longer)
-        write_jsonl(self.folder / "longer_held_out.jsonl", longer_held_out)
+        """Write the problems that are not shipped: hard ones alone, and the toy's longer sums."""
+        held_out = report.read_jsonl(Path(self.recipe_flags().eval_data))
+        hard = [row for row in held_out if self.task.hard(row["level"])]
         write_jsonl(self.folder / "hard_held_out.jsonl", hard)
+        if self.task is TOY:
+            longer, longer_held_out = make.problems(counts={7: 500})
+            write_jsonl(self.folder / "longer.jsonl", longer)
+            write_jsonl(self.folder / "longer_held_out.jsonl", longer_held_out)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -178,6 +255,7 @@ class FinishedRun:
     """What a finished run left behind."""
 
     seed: int
+    folder: Path
     before: list  # held-out results before training
     halfway: list  # those between the first and the last evaluation
     after: list  # those after training
@@ -190,6 +268,7 @@ def read_run(folder: Path, seed: int) -> FinishedRun:
     last = held_out[-1]["step"]
     return FinishedRun(
         seed,
+        folder,
         before=[row for row in held_out if row["step"] == 0],
         halfway=[row for row in held_out if 0 < row["step"] < last],
         after=[row for row in held_out if row["step"] == last],
@@ -198,64 +277,77 @@ def read_run(folder: Path, seed: int) -> FinishedRun:
 
 
 def write_report(comparison: Comparison, seeds: int) -> str:
-    """Write comparison.md, comparison.png and pass.png from the finished runs; return the text."""
-    runs = {}  # {label: its finished runs}
-    for label in ARMS:
+    """Write comparison.md and the figures from the finished runs; return the text."""
+    task, runs = comparison.task, {}  # {label: its finished runs}
+    for label in task.arms:
         for seed in range(seeds):
             folder = comparison.directory(label, seed)
             if (folder / "final").exists():
                 runs.setdefault(label, []).append(read_run(folder, seed))
     if not runs:
         raise SystemExit(f"error: no finished run in {comparison.folder}")
-    samples = read_samples(comparison)
 
-    lines = report.markdown_table(main_table(runs))
+    blocks = []
+    for number, title in enumerate(titles(task)):
+        labels = [label for label in runs if task.arms[label].table == title]
+        if labels:
+            blocks.append(report.markdown_table(main_table(task, title, labels, runs)))
+            metrics = {}
+            for label in labels:
+                metrics[label] = [report.read_metrics(run.folder) for run in runs[label]]
+            name = "comparison.png" if number == 0 else f"comparison{number + 1}.png"
+            curves.plot(metrics, comparison.folder / name, PANELS)
+    blocks.append(report.markdown_table(level_table(runs, task)))
+    samples = read_samples(comparison)
     if samples:
-        lines += ["", *report.markdown_table(pass_table(samples))]
+        blocks.append(report.markdown_table(pass_table(samples)))
         drawn = {label: report.pass_curve(rows, ks_of(rows)) for label, rows in samples.items()}
         curves.pass_at_k(drawn, comparison.folder / "pass.png")
-    if any(ARMS[label].longer_sums for label in runs):
-        lines += ["", *report.markdown_table(longer_table(runs))]
+    if "HPT" in samples:
+        blocks.append(report.markdown_table(exclusive_table(samples)))
     if "HPT" in runs and "GRPO" in runs:
-        lines += ["", exclusive_sentence(runs["HPT"], runs["GRPO"])]
-    text = "\n".join(lines)
+        blocks.append([exclusive_sentence(runs["HPT"], runs["GRPO"])])
+    text = "\n\n".join("\n".join(lines) for lines in blocks)
     (comparison.folder / "comparison.md").write_text(text + "\n")
-
-    metrics = {}
-    for label in MAIN_ARMS:
-        folders = [comparison.directory(label, run.seed) for run in runs.get(label, [])]
-        if folders:
-            metrics[label] = report.mean_metrics(folders)
-    curves.plot(metrics, comparison.folder / "comparison.png", PANELS)
     return text
 
 
+def titles(task: Task) -> list[str]:
+    """Return the titles of the tables, in the order of the arms."""
+    return [title for title in dict.fromkeys(arm.table for arm in task.arms.values()) if title]
+
+
 def read_samples(comparison: Comparison) -> dict[str, list[dict]]:
-    """Return {label: results on the hard problems} of the base and the main arms."""
+    """Return {label: results on the hard problems} of the models that have sampled them."""
     samples = {}
-    for label in ("base", *MAIN_ARMS):
+    for label in comparison.task.sampled:
         path = comparison.pass_directory(label) / "results.jsonl"
         if path.exists():
             samples[label] = report.read_jsonl(path)
     return samples
 
 
-def main_table(runs: dict[str, list[FinishedRun]]) -> list[list]:
-    """Return the rows of the paper's table: accuracy and what it cost."""
-    head = ["method", "seeds", "halfway, %", "held out, %", "levels 5-6, %"]
+def main_table(task: Task, title: str, labels: list[str], runs: dict) -> list[list]:
+    """Return the rows of a table: accuracy before and after training, and what it cost.
+
+    Args:
+        title: the first cell.
+        labels: the arms that the table shows.
+        runs: {label: its finished runs}, those of the arms' parents among them.
+    """
+    head = [title, "seeds", "before, %", "halfway, %", *task.columns]
+    head += ["gated at the end", "reward at the end"]
     rows = [[*head, "rollouts", "demonstration tokens", "training, s, median"]]
-    base = base_results(runs)
-    if base:
-        cells = [f"{percent(base):.1f}", f"{percent(base, HARD_LEVELS):.1f}"]
-        rows.append(["base", "", "", *cells, "", "", ""])
-    for label, finished in runs.items():
-        if ARMS[label].longer_sums:
-            continue
+    for label in labels:
+        finished = runs[label]
         row = [label, len(finished)]
+        row.append(over_seeds([percent(run.before) for run in finished]))
         row.append(over_seeds([percent(run.halfway) for run in finished if run.halfway]))
-        row.append(over_seeds([percent(run.after) for run in finished]))
-        row.append(over_seeds([percent(run.after, HARD_LEVELS) for run in finished]))
-        parents = runs.get(ARMS[label].parent, [])
+        for is_counted in task.columns.values():
+            row.append(over_seeds([percent(run.after, is_counted) for run in finished]))
+        row.append(at_the_end(finished, "hpt/sft_frac"))
+        row.append(at_the_end(finished, "reward/mean"))
+        parents = runs.get(task.arms[label].parent, [])
         row.append(f"{statistics.fmean(costs(finished, parents, 'data/rollouts')):,.0f}")
         row.append(f"{statistics.fmean(costs(finished, parents, 'data/demo_tokens')):,.0f}")
         row.append(f"{statistics.median(costs(finished, parents, 'time/step')):.0f}")
@@ -263,12 +355,10 @@ def main_table(runs: dict[str, list[FinishedRun]]) -> list[list]:
     return rows
 
 
-def base_results(runs: dict[str, list[FinishedRun]]) -> list[dict]:
-    """Return the held-out results of the base; every arm that starts from it has the same."""
-    for label, finished in runs.items():
-        if not ARMS[label].parent and not ARMS[label].longer_sums:
-            return finished[0].before
-    return []
+def at_the_end(finished: list[FinishedRun], metric: str) -> str:
+    """Return the mean of a metric over the last five steps of all runs, or "" without it."""
+    values = [step[metric] for run in finished for step in run.steps[-5:] if metric in step]
+    return f"{statistics.fmean(values):.2f}" if values else ""
 
 
 def costs(finished: list[FinishedRun], parents: list[FinishedRun], metric: str) -> list[float]:
@@ -281,10 +371,25 @@ def costs(finished: list[FinishedRun], parents: list[FinishedRun], metric: str) 
     return totals
 
 
+def level_table(runs: dict[str, list[FinishedRun]], task: Task) -> list[list]:
+    """Return the rows of held-out accuracy by level, the mean over seeds."""
+    levels = {}  # in the order of the first run's levels
+    for finished in runs.values():
+        levels |= dict.fromkeys(report.by_level(finished[0].after))
+    levels.pop("all")
+    rows = [["held out, by level, %", *levels]]
+    for label, finished in runs.items():
+        if task.arms[label].table:
+            results = report.by_level([row for run in finished for row in run.after])
+            cells = [f"{percent(results[key]):.0f}" if key in results else "" for key in levels]
+            rows.append([label, *cells])
+    return rows
+
+
 def pass_table(samples: dict[str, list[dict]]) -> list[list]:
     """Return the rows of pass@k on the hard problems."""
     ks = ks_of(next(iter(samples.values())))
-    rows = [["pass@k, levels 5-6, seed 0, %", *ks]]
+    rows = [["pass@k on hard problems, seed 0, %", *ks]]
     for label, results in samples.items():
         rows.append([label, *(f"{value:.1f}" for value in report.pass_curve(results, ks).values())])
     return rows
@@ -295,21 +400,13 @@ def ks_of(results: list[dict]) -> list[int]:
     return report.powers_of_two(results[0]["samples"])
 
 
-def longer_table(runs: dict[str, list[FinishedRun]]) -> list[list]:
-    """Return the rows of the arms on longer sums."""
-    head = [f"sums of 7 digits, {LONGER_STEPS} steps, lr 5e-4", "seeds", "before, %", "held out, %"]
-    rows = [[*head, "share gated at the end", "reward at the end"]]
-    for label, finished in runs.items():
-        if not ARMS[label].longer_sums:
-            continue
-        last_steps = [run.steps[-1] for run in finished]
-        gated = [step["hpt/sft_frac"] for step in last_steps if "hpt/sft_frac" in step]
-        row = [label, len(finished)]
-        row.append(over_seeds([percent(run.before) for run in finished]))
-        row.append(over_seeds([percent(run.after) for run in finished]))
-        row.append(f"{statistics.fmean(gated):.2f}" if gated else "")
-        row.append(f"{statistics.fmean(step['reward/mean'] for step in last_steps):.2f}")
-        rows.append(row)
+def exclusive_table(samples: dict[str, list[dict]]) -> list[list]:
+    """Return the rows of how many hard problems HPT alone solves, and each other arm alone."""
+    problems = len(samples["HPT"])
+    rows = [[f"of {problems} hard problems, seed 0", "HPT alone solves", "the other alone solves"]]
+    for label, results in samples.items():
+        if label != "HPT":
+            rows.append([f"HPT and {label}", *report.exclusive_solves(samples["HPT"], results)])
     return rows
 
 
@@ -319,12 +416,18 @@ def exclusive_sentence(hpt: list[FinishedRun], grpo: list[FinishedRun]) -> str:
     of_grpo = {run.seed: run.after for run in grpo}
     seeds = [seed for seed in of_hpt if seed in of_grpo]
     between_methods = [signed(of_hpt[seed], of_grpo[seed]) for seed in seeds]
-    between_seeds = [signed(of_grpo[a], of_grpo[b]) for a, b in itertools.pairwise(seeds)]
-    return (
+    text = (
         f"Of {len(hpt[0].after)} held-out problems, solved by HPT and not by GRPO, "
-        f"and the reverse, by seed: {', '.join(between_methods)}; as a yardstick, by GRPO and not "
-        f"by GRPO with the next seed, and the reverse: {', '.join(between_seeds)}"
+        f"and the reverse, by seed: {', '.join(between_methods)}"
     )
+    for label, of_method in (("HPT", of_hpt), ("GRPO", of_grpo)):
+        between_seeds = [signed(of_method[a], of_method[b]) for a, b in itertools.pairwise(seeds)]
+        if between_seeds:
+            text += (
+                f"; as a yardstick, by {label} and not by {label} with the next seed, and the "
+                f"reverse: {', '.join(between_seeds)}"
+            )
+    return text
 
 
 def signed(a: list[dict], b: list[dict]) -> str:
@@ -333,16 +436,15 @@ def signed(a: list[dict], b: list[dict]) -> str:
     return f"+{a_alone}/-{b_alone}"
 
 
-def percent(results: list[dict], levels: tuple | None = None) -> float:
-    """Return the mean accuracy in percent, of all results or of those of some levels."""
-    if levels:
-        results = [result for result in results if result["level"] in levels]
-    return 100 * statistics.fmean(report.accuracy(result) for result in results)
+def percent(results: list[dict], is_counted: Callable = lambda level: True) -> float:
+    """Return the mean accuracy in percent, of the results whose level is counted."""
+    counted = [report.accuracy(result) for result in results if is_counted(result["level"])]
+    return 100 * statistics.fmean(counted) if counted else math.nan
 
 
 def over_seeds(values: list[float]) -> str:
-    """Return mean ± sample standard deviation over seeds, as a cell."""
-    if not values:
+    """Return mean ± sample standard deviation over seeds, as a cell; "" for levels not there."""
+    if not values or math.isnan(values[0]):
         return ""
     cell = f"{statistics.fmean(values):.1f}"
     if len(values) > 1:
@@ -360,22 +462,33 @@ def parse_args(argv=None):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    arms = "\n".join(f"{name}: {'; '.join(task.arms)}" for name, task in TASKS.items())
+    parser.epilog = f"the arms of each task:\n{arms}"
     flag = parser.add_argument
+    flag("--task", choices=TASKS, default="toy", help="what the arms are trained on (%(default)s)")
+    flag("--model", metavar="DIR", help="the base (the one that the task's recipe names)")
     flag("--seeds", type=flags.COUNT, default=3, help="runs per arm, seeds 0 .. N-1 (%(default)s)")
-    flag("--steps", type=flags.COUNT, default=30, help="rollout steps per run (%(default)s)")
+    flag("--steps", type=flags.COUNT, help="rollout steps per run (30)")
     flag(
         "--jobs",
         type=flags.COUNT,
         default=min(4, os.cpu_count()),
         help="runs at a time, one thread each (%(default)s)",
     )
-    flag("--samples", type=flags.COUNT, default=64, help="per hard problem (%(default)s)")
-    flag("--only", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="; ".join(ARMS))
-    flag("--out", default="runs/compare", help="output directory (%(default)s)")
+    flag("--samples", type=flags.COUNT, help="per hard problem (toy: 64, word-problems: 16)")
+    flag("--only", nargs="+", metavar="ARM", help="these arms (all)")
+    flag("--out", metavar="DIR", help="output directory (runs/compare-TASK)")
     flag("--report", action="store_true", help="train nothing; report on the runs that exist")
     args = parser.parse_args(argv)
+    task = TASKS[args.task]
+    args.only = args.only or list(task.arms)
+    args.steps = args.steps or task.steps
+    args.samples = args.samples or task.samples
+    args.out = args.out or f"runs/compare-{args.task}"
     for label in args.only:
-        parent = ARMS[label].parent
+        if label not in task.arms:
+            parser.error(f"--only {label!r}: the arms of {args.task} are {'; '.join(task.arms)}")
+        parent = task.arms[label].parent
         if parent and parent not in args.only:
             parser.error(f"--only also needs {parent}, whose final model {label} starts from")
     return args
@@ -385,11 +498,11 @@ def main(argv=None) -> None:
     """Run what is missing, a few runs at a time, and report."""
     args = parse_args(argv)
     folder = report.make_directory(args.out, exist_ok=True)
-    comparison = Comparison(folder, args.steps, args.samples)
+    comparison = Comparison(TASKS[args.task], folder, args.steps, args.samples, args.model)
     if not args.report:
         run_missing(comparison, args)
     text = write_report(comparison, args.seeds)
-    print(f"\n{text}\n\n{folder}: comparison.md, comparison.png, pass.png, and every run")
+    print(f"\n{text}\n\n{folder}: comparison.md, the figures, and every run")
 
 
 def run_missing(comparison: Comparison, args) -> None:
@@ -397,7 +510,8 @@ def run_missing(comparison: Comparison, args) -> None:
     first, second = [], []
     for seed in range(args.seeds):
         for label in args.only:
-            (second if ARMS[label].parent else first).append((label, seed))
+            parent = comparison.task.arms[label].parent
+            (second if parent else first).append((label, seed))
     total = len(first) + len(second)
     print(
         f"{total} runs of {args.steps} steps, {args.jobs} at a time, into {comparison.folder}",
@@ -405,7 +519,8 @@ def run_missing(comparison: Comparison, args) -> None:
     )
 
     comparison.write_problems()
-    comparison.sample_hard_problems("base", make.BASE)
+    if "base" in comparison.task.sampled:
+        comparison.sample_hard_problems("base", comparison.recipe_flags().model)
     started, done = time.monotonic(), 0
     for jobs in (first, second):
         with ThreadPoolExecutor(args.jobs) as pool:

@@ -19,7 +19,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", help="output directories of train_hpt.py")
     parser.add_argument("--out", default="curves.png", help="the file to write (%(default)s)")
     args = parser.parse_args(argv)
-    curves.plot({label: report.read_metrics(run) for label, run in labels(args.runs)}, args.out)
+    curves.plot({label: [report.read_metrics(run)] for label, run in labels(args.runs)}, args.out)
     print(args.out)
 
 
