@@ -96,7 +96,7 @@ WARM = "from the base after a few steps of SFT, a start from which GRPO has rewa
 C_SFT = "the coefficient of SFT in HPT"
 WORD_PROBLEMS = Task(
     recipe=report.REPOSITORY / "recipes/smollm2-135m-word-problems.args",
-    steps=30,
+    steps=20,
     flags=("--eval-every", 0),
     columns={
         "held out, %": lambda level: "new" not in level,
@@ -113,7 +113,7 @@ WORD_PROBLEMS = Task(
         "SFT -> GRPO": Arm("grpo", length=0.5, parent="SFT, half"),
         "LUFFY": Arm("luffy"),
         "HPT": Arm("hpt"),
-        "SFT, a few steps": Arm("sft", length=0.2, table=""),
+        "SFT, a few steps": Arm("sft", length=0.3, table=""),
         "GRPO, warm": Arm("grpo", parent="SFT, a few steps", table=WARM),
         "HPT, warm": Arm("hpt", parent="SFT, a few steps", table=WARM),
         "HPT, c_sft 0.05": Arm("hpt", ("--sft-coef", 0.05), table=C_SFT),
@@ -468,7 +468,7 @@ def parse_args(argv=None):
     flag("--task", choices=TASKS, default="toy", help="what the arms are trained on (%(default)s)")
     flag("--model", metavar="DIR", help="the base (the one that the task's recipe names)")
     flag("--seeds", type=flags.COUNT, default=3, help="runs per arm, seeds 0 .. N-1 (%(default)s)")
-    flag("--steps", type=flags.COUNT, help="rollout steps per run (30)")
+    flag("--steps", type=flags.COUNT, help="rollout steps per run (toy: 30, word-problems: 20)")
     flag(
         "--jobs",
         type=flags.COUNT,
