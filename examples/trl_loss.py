@@ -8,9 +8,9 @@ The row brings its advantage, its clip range and its normaliser; TRL's loss_type
 epsilon and importance_sampling_level are not read. Written for TRL 1.16, for text without tools.
 """
 
+import argparse
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,23 +25,22 @@ except ImportError as error:
     raise SystemExit(f"error: {error}: this example needs `pip install trl==1.16.0`") from error
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
+ROWS = [name for name, row in TABLE.items() if row.data == "rollout" and not row.critic]
 
 
 class UpgeTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer whose loss is a row of upge's table, for rollouts and without a critic."""
+    """TRL's GRPOTrainer whose loss is a row of upge's table that needs rollouts and no critic."""
 
     def __init__(self, *args, row: str = "grpo", **settings):
+        if row not in ROWS:
+            raise ValueError(f"TRL cannot train the row {row}: choose one of {', '.join(ROWS)}")
         self.row = TABLE[row]
-        if self.row.data == "demo" or self.row.critic:
-            raise ValueError(
-                f"the row {row} needs demonstrations or a critic: TRL trains on neither"
-            )
         super().__init__(*args, **settings)
 
     def _calculate_rewards(self, *args):
         """Keep the rewards of all ranks. What TRL hands on is its own advantages."""
         of_functions = super()._calculate_rewards(*args)  # (all sequences, reward functions)
-        self.rewards = of_functions.nansum(-1)
+        self.rewards = (of_functions * self.reward_weights.to(of_functions.device)).nansum(-1)
         return of_functions
 
     def _generate_and_score_completions(self, inputs):
@@ -110,4 +109,6 @@ def main(row: str = "grpo", steps: int = 10) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser("examples.trl_loss", allow_abbrev=False)
+    parser.add_argument("row", nargs="?", default="grpo", choices=ROWS)
+    main(parser.parse_args().row)

@@ -82,7 +82,7 @@ def gradient_of_train_hpt(prompts):
 def test_the_plain_loop_has_the_gradient_of_train_hpt(monkeypatch, gated):
     monkeypatch.setattr(hf_loop, "L_MAX", ARGS["max_response_tokens"])
     got, share = gradient_of_plain_loop(made_up_step(gated))
-    assert error(got, gradient_of_train_hpt(made_up_step(gated))) < 1e-5
+    assert error(got, gradient_of_train_hpt(made_up_step(gated))) < 1e-4
     assert share == pytest.approx(gated / 6)
 
 
@@ -100,7 +100,7 @@ def shifted(response_logp):
     "name, wrong",
     [
         ("L_MAX", ARGS["max_response_tokens"] + 4),
-        ("SFT_COEF", ARGS["sft_coef"] * 2),
+        ("SFT_COEF", ARGS["sft_coef"] * 10),
         ("GAMMA", 0.25),
         ("response_logp", shifted(hf_loop.response_logp)),
     ],
@@ -207,9 +207,9 @@ def test_advantages_and_weights_are_those_of_the_row(trl_loss, tmp_path):
     assert weights.tolist() == pytest.approx([1 / 16 / 12] * 16)
 
 
-@pytest.mark.parametrize("row", ["sft", "luffy_demo", "ppo"])
+@pytest.mark.parametrize("row", ["sft", "luffy_demo", "ppo", "dpo"])
 def test_a_row_that_trl_cannot_train_is_refused(trl_loss, row):
-    with pytest.raises(ValueError, match=f"the row {row} needs demonstrations or a critic"):
+    with pytest.raises(ValueError, match=f"TRL cannot train the row {row}: choose one of reinf"):
         trl_loss.UpgeTrainer(row=row)
 
 
