@@ -41,7 +41,7 @@ import evaluate
 import reward
 import rollout
 from common import checkpoint, data, distributed, interrupt, metrics, model, plan, probe, report
-from upge import GATES, METHODS, PI_OLD, TABLE, Method, adv_one, gae, scale_one, upge_loss
+from upge import GATES, METHODS, PI_OLD, TABLE, Method, adv_one, chord_schedule, gae, upge_loss
 
 
 def main(args) -> None:
@@ -73,7 +73,7 @@ def main(args) -> None:
             clock.lap("reward")
 
             # 3. The gate: alpha weighs a prompt's rollouts, beta its demonstration.
-            alpha, beta = apply_gate(rewards, method, args)
+            alpha, beta = apply_gate(rewards, step, method, args)
             prompts = list(map(Prompt, problems, rollouts, rewards, demo_rewards, alpha, beta))
 
             # 4. Deal the prompts into mini-batches; build the micro-batches of this rank.
@@ -210,16 +210,20 @@ def grade_share(verifier, pairs: list[tuple]) -> list[float]:
     return verifier.score([response for response, _ in pairs], [answer for _, answer in pairs])
 
 
-def apply_gate(rewards: list, method: Method, args) -> tuple[list[float], list[float]]:
+def apply_gate(rewards: list, step: int, method: Method, args) -> tuple[list[float], list[float]]:
     """(alpha, beta), one of each per prompt.
 
-    Without a gate, alpha is 1 if the method trains on rollouts, and beta is 1 if it trains on
-    demonstrations; else they are 0.
+    A gate looks at the rewards of a prompt, a schedule at the step alone. Without either, alpha is
+    1 if the method trains on rollouts, and beta is 1 if it trains on demonstrations; else they are
+    0.
     """
     if method.combine == "gate":
         correct = torch.tensor([sum(group) for group in rewards])
         alpha, beta = GATES[args.gate](correct, args.samples_per_prompt, args.gamma)
         return alpha.tolist(), beta.tolist()
+    if method.combine == "schedule":
+        alpha, beta = chord_schedule(step, *args.chord_mu, *args.chord_steps)
+        return [alpha] * len(rewards), [beta] * len(rewards)
     has_rollouts, has_demonstration = method.rollouts is not None, bool(method.demonstration)
     return [float(has_rollouts)] * len(rewards), [float(has_demonstration)] * len(rewards)
 
@@ -592,7 +596,7 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
     for m in distributed.progress_bar("update", items=micro_batches):
         row = TABLE[m.row]
         bonus = args.entropy_coef if m.is_rollouts else 0.0
-        with_entropy = bonus > 0 or row.scale is not scale_one
+        with_entropy = bonus > 0 or row.needs_entropy
         logp, entropy = policy(m.ids, m.response_mask, m.lengths, with_entropy)  # (M,) each
         logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, M)
         if m.is_filler:
@@ -740,9 +744,9 @@ def print_plan(args, method: Method, inputs: Inputs, policy, memory, out: Path) 
 
 def measure_step(step, prompts: list[Prompt], method: Method, counts, clock, policy) -> dict:
     """The step's line of metrics.jsonl, from the counts of all ranks."""
-    has_gate, total = method.combine == "gate", counts.total()
+    total = counts.total()
     return metrics.step_metrics(
-        step, prompts, has_gate, total, clock.times, policy.num_parameters()
+        step, prompts, method.combine, total, clock.times, policy.num_parameters()
     )
 
 

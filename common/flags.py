@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TOY_ARGS = REPOSITORY / "toy" / "toy.args"
 # Names in upge.py, which is not imported here since it imports torch, which is slow.
 METHODS = ["sft", "dft", "reinforce", "rloo", "ppo", "grpo", "dr_grpo", "dapo", "cispo", "gspo"]
-METHODS += ["luffy", "srft", "hpt", "hpt_mix", "hpt_off"]
+METHODS += ["luffy", "srft", "chord", "hpt", "hpt_mix", "hpt_off"]
 GROUP_METHODS = ["luffy", "srft"]  # those with combine == "group"
 # Those that train on nothing but rollouts whose advantage is 0 if a group holds one rollout.
 COMPARING_METHODS = ["rloo", "grpo", "dr_grpo", "dapo", "cispo", "gspo"]
@@ -340,6 +340,24 @@ def add_algorithm_flags(parser: Parser) -> None:
     add_reward_flag(group)
     number(group, "--entropy-coef", POSITIVE_OR_0, 0.0, "weight of an entropy bonus on rollouts")
 
+    group = parser.add_argument_group("chord")
+    group.add_argument(
+        "--chord-mu",
+        type=SHARE,
+        nargs=2,
+        default=[0.1, 0.1],
+        metavar=("PEAK", "VALLEY"),
+        help="mu, the weight of demonstrations; rollouts weigh 1 - mu (0.1 0.1)",
+    )
+    group.add_argument(
+        "--chord-steps",
+        type=COUNT_OR_0,
+        nargs=2,
+        default=[0, 0],
+        metavar=("WARMUP", "DECAY"),
+        help="rollout steps in which mu rises from 0 to PEAK, and falls to VALLEY (0 0)",
+    )
+
     group = parser.add_argument_group("ppo")
     text(
         group,
@@ -410,6 +428,12 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
             f"--method {args.method} compares the rollouts of a prompt with each other, and would "
             "train on nothing: --samples-per-prompt must be at least 2, not "
             f"{args.samples_per_prompt}"
+        )
+    (peak, valley), (_, decay) = args.chord_mu, args.chord_steps
+    if args.method == "chord" and peak != valley and decay == 0:
+        parser.error(
+            f"--chord-mu {peak:g} {valley:g} says that mu falls, but --chord-steps gives it no "
+            "steps to fall in: its second number must be above 0"
         )
     if args.critic and args.method != "ppo":
         parser.error(f"--critic is for --method ppo, not {args.method}")

@@ -337,6 +337,7 @@ def markdown_table(rows: list[list]) -> list[str]:
 STEP_LINE = {  # metric -> its label in the line that is printed per step
     "reward/mean": "reward",
     "hpt/sft_frac": "gated",
+    "chord/mu": "mu",
     "hpt/offline_ratio": "offline",
     "sft/nll": "nll",
     "response_length/mean": "length",

@@ -255,6 +255,16 @@ def test_luffy_has_one_demonstration_in_each_group(easy, tmp_path):
     assert all(row["hpt/offline_ratio"] == pytest.approx(1 / 4) for row in rows)
 
 
+def test_chord_trains_on_rollouts_and_demonstrations_as_its_schedule_says(easy, tmp_path):
+    schedule = ["--chord-mu", 0.9, 0.1, "--chord-steps", 2, 1, "--steps", 2]
+    rows = train("chord", easy, tmp_path / "out", *schedule)
+    assert [row["chord/mu"] for row in rows] == pytest.approx([0.45, 0.9])
+    for row in rows:
+        assert row["data/rollouts"] == 8 * 4 and row["data/demo_tokens"] > 0
+        assert row["hpt/offline_ratio"] == pytest.approx(1 / 5) and row["optim/grad_norm"] > 0
+        assert "hpt/sft_frac" not in row
+
+
 def test_smooth_gate_probe_importance_weights_and_a_temperature_of_0_7(easy, tmp_path):
     flags = ["--gate", "smooth", "--pi-old", "tis", "--probe-gradients", 2, "--temperature", 0.7]
     rows = train("hpt_mix", easy, tmp_path / "out", *flags)
