@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 
+from common import terminal
+
 _asked = 0  # the number of the first signal that told this rank to stop
 
 
@@ -26,6 +28,7 @@ def _note(number, _frame) -> None:
     if not _asked and os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+        terminal.clear()
         # Not print(): the signal may have interrupted another print() of this process.
         os.write(2, f"\n{name}: the step in hand is finished and saved first{again}\n".encode())
     _asked = _asked or number
