@@ -84,10 +84,10 @@ def main(args) -> None:
         # 2. Make the directory, or find it and read the responses that it holds.
         terminal.begin_phase("process group")
         distributed.init_process_group()
-        terminal.begin_phase("digests")
-        my_rank = distributed.rank()  # kept, since the process group ends with the engine
-        settings = describe(args, config, test_sets)
         terminal.end_phase()
+        my_rank = distributed.rank()  # kept, since the process group ends with the engine
+        with terminal.progress("digests of weights and problems"):
+            settings = describe(args, config, test_sets)
         for test in test_sets:
             if test.note and my_rank == 0:
                 terminal.say(f"{test.name}: {test.note}")

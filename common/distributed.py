@@ -235,9 +235,8 @@ def in_main() -> None:
 def _end(_number, _frame) -> None:
     """The handler of SIGINT during imports."""
     if os.environ.get("RANK", "0") == "0":
-        if os.isatty(2):
-            os.write(2, b"\r" + 20 * b" " + b"\r")  # over the line of common/terminal.py
-        os.write(2, b"interrupted\n")
+        cleared = b"\r" + 20 * b" " + b"\r" if os.isatty(2) else b""  # as common/terminal.py does
+        os.write(2, cleared + b"interrupted\n")
     os._exit(128 + signal.SIGINT)
 
 

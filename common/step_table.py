@@ -119,8 +119,10 @@ def cell(value: float | None, width: int, form: str) -> str:
     """Return a number in a width, with fewer digits where it needs more room; "-" without one."""
     if value is None:
         return "-".rjust(width)
-    forms = [form, ".0f"] if abs(value) >= 10 else [form]
-    texts = [format(value, one) for one in (*forms, ".3g", ".2g", ".1g")]
+    forms = [form, ".3g", ".0f", ".2g", ".1g"]
+    if abs(value) < 10:
+        forms.remove(".0f")  # it would leave one digit, or none
+    texts = [format(value, one) for one in forms]
     return next((text for text in texts if len(text) <= width), texts[-1]).rjust(width)
 
 

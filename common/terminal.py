@@ -269,9 +269,9 @@ def begin_phase(name: str) -> None:
 
 
 def end_phase() -> None:
-    """Print the name of the phase that is going on, and its seconds."""
+    """Print the name of the phase that is going on, and its seconds, if it took any."""
     phase, _line.phase = _line.phase, None
-    if phase:
+    if phase and phase.seconds() >= 0.05:
         show(dim(f"{phase.label:<24}{phase.seconds():>7.1f} s"))
 
 
