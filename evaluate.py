@@ -187,8 +187,8 @@ class Measurement:
         for problem, group in zip(problems, responses, strict=True):
             texts += [response["text"] for response in group]
             answers += [problem["answer"]] * len(group)
-        with terminal.progress(self.label and f"{self.label}: grading {len(texts)} answers"):
-            rewards = self.verifier.score(texts, answers)
+        with terminal.progress(self.label and f"{self.label}, grading", len(texts)) as part:
+            rewards = self.verifier.score(texts, answers, each_done=part.update)
 
         results = []
         start = 0

@@ -211,8 +211,9 @@ def grade(verifier, problems: list, rollouts: list, method: Method, counts) -> t
 
 def grade_share(verifier, pairs: list[tuple]) -> list[float]:
     """This rank's share: the rewards of (response, answer) pairs."""
-    with terminal.progress(f"grading {len(pairs)} answers"):
-        return verifier.score([response for response, _ in pairs], [answer for _, answer in pairs])
+    responses, answers = [response for response, _ in pairs], [answer for _, answer in pairs]
+    with terminal.progress("grading", len(pairs)) as part:
+        return verifier.score(responses, answers, each_done=part.update)
 
 
 def apply_gate(rewards: list, method: Method, args) -> tuple[list[float], list[float]]:

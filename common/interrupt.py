@@ -47,6 +47,7 @@ def asked() -> int:
 def stop(number: int, checkpoint, out) -> None:
     """End the run with the status that tells of a signal: 143 for SIGTERM, 130 for Ctrl-C."""
     if os.environ.get("RANK", "0") == "0":
+        terminal.clear()
         print(
             f"{signal.Signals(number).name}: stopped; {checkpoint} is saved. To go on: the same "
             f"command with --out {out} --resume",
