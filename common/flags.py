@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from common import terminal
 from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
 from common.distributed import during_imports, one_failure_message, printable
 
@@ -128,6 +129,7 @@ def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_training(parser, args)
     if argv is None:  # the program goes on with slow imports
         during_imports()
+        terminal.start(args.verbose)
     return args
 
 
@@ -139,6 +141,7 @@ def parse_evaluation_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_evaluation(parser, args)
     if argv is None:  # the program goes on with slow imports
         during_imports()
+        terminal.start(args.verbose)
     return args
 
 
@@ -291,6 +294,7 @@ def training_parser() -> Parser:
         group, "--save-every", COUNT_OR_0, 0, "steps between checkpoints; 0: only one at the end"
     )
     number(group, "--keep", COUNT_OR_0, 2, "the newest checkpoints that stay besides final; 0: all")
+    add_verbose_flag(group)
     group.add_argument(
         "--resume",
         action="store_true",
@@ -454,7 +458,7 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
 # saved, and how the work is cut, which changes the gradient by rounding at most.
 MAY_CHANGE = ["out", "resume", "steps", "save_every", "keep", "max_skipped", "eval_every"]
 MAY_CHANGE += ["probe_gradients", "tokens_per_microbatch", "gradient_checkpointing"]
-MAY_CHANGE += ["tensor_parallel", "gpu_memory_utilization"]
+MAY_CHANGE += ["tensor_parallel", "gpu_memory_utilization", "verbose"]
 
 
 def check_out(parser: Parser, args: argparse.Namespace) -> None:
@@ -549,6 +553,7 @@ def evaluation_parser() -> Parser:
         metavar=("A", "B"),
         help="two directories, of evaluations or training runs; nothing is sampled",
     )
+    add_verbose_flag(group)
     return parser
 
 
@@ -639,6 +644,16 @@ def add_reward_flag(group) -> None:
     """Add the flag that names the verifier."""
     about = "grades (response, answer) from 0 to 1"
     text(group, "--reward", "MODULE:FUNCTION", about, "reward:grade")
+
+
+def add_verbose_flag(group) -> None:
+    """Add the flag that lets other libraries print."""
+    group.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="print what vLLM, torch and transformers say, too; their errors come in any case",
+    )
 
 
 def add_engine_flags(group, gpu_memory_utilization: float | None) -> None:

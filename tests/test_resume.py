@@ -101,7 +101,7 @@ class Verifier:
     def __exit__(self, *error):
         pass
 
-    def score(self, responses, answers):
+    def score(self, responses, answers, each_done=None):
         return [float(int(response) % 2) for response in responses]
 
 
