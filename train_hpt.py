@@ -769,6 +769,7 @@ def open_run(args, inputs: Inputs, policy, critic) -> tuple[Path, int]:
     networks = [policy, critic] if critic else [policy]
     step_done = checkpoint.resume(out, networks, inputs, args.steps) if args.resume else 0
     seed_dropout(args.seed, step_done)
+    report.begin_copies(out, args)
     interrupt.listen()
     return out, step_done
 

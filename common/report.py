@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from common import curves
+from common import curves, loggers
 from common.distributed import printable, rank, share_work, world_size
 
 # ------------------------------------------------------------------------------------ 1. Statistics
@@ -428,6 +428,12 @@ def cut_logs(out: Path, last_step: int) -> None:
                 (out / name).unlink()
 
 
+def begin_copies(out: Path, args) -> None:
+    """Open on rank 0 the copies of metrics.jsonl that --tensorboard and --wandb ask for."""
+    if rank() == 0:
+        loggers.begin(out, vars(args))
+
+
 def print_plan(
     args,
     out,
@@ -495,6 +501,7 @@ def log(out: Path, metrics: dict) -> None:
     if rank() != 0:
         return
     append_jsonl(out / "metrics.jsonl", [without_nan(metrics)])
+    loggers.log(without_nan(metrics))
     line = f"step {metrics['step']:>4}"
     for name, label in STEP_LINE.items():
         if metrics.get(name) is not None:
@@ -583,6 +590,7 @@ def read_metrics(run) -> dict[str, list]:
 def closing_table(out: Path, args) -> None:
     """Print the run's closing table on rank 0, draw curves.png and list the files of the run.
 
+    This is the last thing that a run does: the copies of metrics.jsonl are closed, too.
     Everything is read back from the run's directory, so that a run that was continued reports on
     all of its steps.
     """
@@ -603,6 +611,7 @@ def closing_table(out: Path, args) -> None:
     for name, what in FILES.items():
         if (out / name).exists():
             say(f"  {out / name}: {what}")
+    loggers.close()
 
 
 def _before_and_after(rows, temperature):
