@@ -1,4 +1,7 @@
-"""docs/gpu.md: its table is what --plan says, its thresholds are those of tools/check_gpu.py."""
+"""Pages of docs/ against the program: gpu.md's table and thresholds, flags and links of the others.
+
+docs/gpu.md's table is what --plan says, its thresholds are those of tools/check_gpu.py.
+"""
 
 import functools
 import re
@@ -69,7 +72,8 @@ def test_the_table_has_every_model_on_1_2_and_8_gpus():
 
 def test_engines_that_are_shared_have_room_for_more(plan_of):
     shared = plan_of("Qwen2.5-32B", 8, 141, "--tensor-parallel", "2")
-    assert f"GPUs of 141 GB: {shared.concurrent} responses per engine" in PAGE
+    text = " ".join(PAGE.split())
+    assert f"GPUs of 141 GB: {shared.concurrent} responses per engine" in text
 
 
 def test_the_thresholds_are_those_of_the_program():
@@ -83,3 +87,54 @@ def test_the_thresholds_are_those_of_the_program():
     assert accuracy == f"{check_gpu.BASE_ACCURACY} ± {check_gpu.ACCURACY_LIMIT}"
     assert f"R{check_gpu.OLDEST_DRIVER} or later" in cells["driver"]
     assert cells["C library"].startswith(f"glibc {'.'.join(map(str, check_gpu.OLDEST_GLIBC))}")
+
+
+# ------------------------------------------------------------------------------- flags and links
+
+NAMES = ("gpu.md", "faq.md", "metrics.md")
+FLAGS = {
+    name
+    for parser in (flags.training_parser(), flags.evaluation_parser())
+    for action in parser._actions
+    for name in action.option_strings
+}
+OF_OTHERS = {  # flags of torchrun, docker, pip and the tools
+    *("--nproc_per_node", "--nnodes", "--node-rank", "--master-addr", "--gpus", "--ipc"),
+    *("--version", "--cpu", "--ranks"),
+}
+
+
+def missing_flags(text):
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", text)) - FLAGS - OF_OTHERS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_of_a_page_exists(name):
+    assert not missing_flags((REPOSITORY / "docs" / name).read_text())
+    assert missing_flags("`--prompts-per-stp 3`") == {"--prompts-per-stp"}  # negative control
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_of_a_page_leads_somewhere(name):
+    page = REPOSITORY / "docs" / name
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text()), target
+
+
+def test_every_file_and_name_of_the_questions_exists():
+    text = (REPOSITORY / "docs/faq.md").read_text()
+    for path in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt))`", text):
+        assert (REPOSITORY / path).exists(), path
+    sources = "".join(path.read_text() for path in REPOSITORY.glob("*.py"))
+    for name in ("hpt_gate", "apply_gate", "sequences_of_prompt", "build_sequences", "check_vllm"):
+        assert f"`{name}`" in text or f".{name}`" in text
+        assert f"def {name}(" in sources
