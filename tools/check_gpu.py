@@ -413,10 +413,11 @@ def checks_of_checkpoint(result: Result, out: Path) -> list[Check]:
     moved = []
     for one, other in zip(model.parameters(), base.parameters(), strict=True):
         moved.append(float((one - other).detach().abs().max()))
-    ok = all(map(math.isfinite, moved)) and max(moved) > 0
     count = sum(parameter.numel() for parameter in model.parameters())
+    finite = all(map(math.isfinite, moved))
     found = f"{count:,} weights, moved by {max(moved):.2g} at most"
-    return [Check(name, ok, found if ok else f"{found}, or not finite", wanted)]
+    found = found if finite else "a weight is not finite"
+    return [Check(name, finite and max(moved) > 0, found, wanted)]
 
 
 def checks_of_pair(results: list[Result], limits: Limits) -> list[Check]:
