@@ -799,6 +799,7 @@ def open_run(args, inputs: Inputs, policy, critic) -> tuple[Path, int]:
         with terminal.progress("reading the checkpoint"):
             step_done = checkpoint.resume(out, networks, inputs, args.steps)
     seed_dropout(args.seed, step_done)
+    report.begin_copies(out, args)
     interrupt.listen()
     return out, step_done
 

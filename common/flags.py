@@ -11,6 +11,7 @@ Nothing slow is imported here, so that --help and errors come at once.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -300,6 +301,12 @@ def training_parser() -> Parser:
         action="store_true",
         help="go on from the newest checkpoint in --out, or begin if there is none",
     )
+    text(group, "--wandb", "PROJECT", "also send the metrics to this project of W&B (no)")
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the metrics to OUT/tensorboard, for TensorBoard",
+    )
     group.add_argument(
         "--plan",
         nargs="?",
@@ -451,14 +458,23 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--replicas {args.replicas} must divide the number of ranks, {ranks}")
     if args.out is None and unwritable_parent("runs"):
         parser.error("the directory runs/ cannot be made or written to: name another one as --out")
+    for package in ("wandb", "tensorboard"):
+        if getattr(args, package) and not is_installed(package):
+            parser.error(f"--{package} needs the package {package}: pip install {package}")
     check_out(parser, args)
+
+
+def is_installed(package: str) -> bool:
+    """Tell whether a package can be imported. A mere folder of that name is none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 # A resumed run may have other values of these: they change how long it is, what is measured and
 # saved, and how the work is cut, which changes the gradient by rounding at most.
 MAY_CHANGE = ["out", "resume", "steps", "save_every", "keep", "max_skipped", "eval_every"]
 MAY_CHANGE += ["probe_gradients", "tokens_per_microbatch", "gradient_checkpointing"]
-MAY_CHANGE += ["tensor_parallel", "gpu_memory_utilization", "verbose"]
+MAY_CHANGE += ["tensor_parallel", "gpu_memory_utilization", "wandb", "tensorboard", "verbose"]
 
 
 def check_out(parser: Parser, args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from common import curves, terminal
+from common import curves, loggers, terminal
 from common.distributed import printable, rank, share_work, world_size
 from common.next_runs import next_commands
 from common.step_table import StepTable
@@ -414,6 +414,12 @@ def cut_logs(out: Path, last_step: int) -> None:
                 (out / name).unlink()
 
 
+def begin_copies(out: Path, args) -> None:
+    """Open on rank 0 the copies of metrics.jsonl that --tensorboard and --wandb ask for."""
+    if rank() == 0:
+        loggers.begin(out, vars(args))
+
+
 def print_plan(
     args,
     out,
@@ -481,6 +487,7 @@ def log(out: Path, metrics: dict, table: StepTable) -> None:
     if rank() != 0:
         return
     append_jsonl(out / "metrics.jsonl", [without_nan(metrics)])
+    loggers.log(without_nan(metrics))
     for line in table.lines_of(metrics):
         show(line)
 
@@ -564,6 +571,7 @@ def read_metrics(run) -> dict[str, list]:
 def closing_table(out: Path, args) -> None:
     """Print on rank 0 what the run has reached, its files and what to run next; draw curves.png.
 
+    This is the last thing that a run does: the copies of metrics.jsonl are closed, too.
     Everything is read back from the run's directory, so that a run that was continued reports on
     all of its steps.
     """
@@ -586,6 +594,7 @@ def closing_table(out: Path, args) -> None:
         if (out / name).exists():
             say(f"  {name:<15}{what}")
     say("\n".join(["\nnext:", *(f"  {line}" for line in next_commands(out, args, sys.argv[1:]))]))
+    loggers.close()
 
 
 def _before_and_after(rows, temperature):
