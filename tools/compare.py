@@ -355,7 +355,13 @@ def main_table(task: Task, title: str, labels: list[str], runs: dict) -> list[li
         row.append(f"{statistics.fmean(costs(finished, parents, 'data/demo_tokens')):,.0f}")
         row.append(f"{statistics.median(costs(finished, parents, 'time/step')):.0f}")
         rows.append(row)
-    return rows
+    return without_empty_columns(rows)
+
+
+def without_empty_columns(rows: list[list]) -> list[list]:
+    """Leave out the columns that hold nothing below their title."""
+    filled = [any(row[i] != "" for row in rows[1:]) for i in range(len(rows[0]))]
+    return [[cell for cell, is_filled in zip(row, filled) if is_filled] for row in rows]
 
 
 def at_the_end(finished: list[FinishedRun], metric: str) -> str:
