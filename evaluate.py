@@ -34,7 +34,7 @@ import math
 from pathlib import Path
 
 import reward
-from common import curves, data, distributed, report
+from common import curves, data, distributed, report, terminal
 from rollout import Sampler, check_vllm
 
 # The numbers depend on these flags.
@@ -66,6 +66,7 @@ class TestSet:
 def main(args) -> None:
     """Evaluate args.model. Under torchrun every rank runs this, and rank 0 prints the table."""
     # 1. Read the benchmarks; check everything that can be wrong before an engine starts.
+    terminal.begin_phase("model and data")
     check_vllm()
     config, tokenizer = data.load_config_and_tokenizer(
         args.model, args.rope_theta, args.max_position_embeddings, args.trust_remote_code
@@ -78,22 +79,28 @@ def main(args) -> None:
     data.check_weights(args.model, config, args.trust_remote_code)
 
     # The verifier's worker processes start first, before this process holds threads or a GPU.
+    terminal.begin_phase("verifier")
     with reward.Verifier(function=args.reward) as verifier:
         # 2. Make the directory, or find it and read the responses that it holds.
+        terminal.begin_phase("process group")
         distributed.init_process_group()
+        terminal.end_phase()
         my_rank = distributed.rank()  # kept, since the process group ends with the engine
-        settings = describe(args, config, test_sets)
+        with terminal.progress("digests of weights and problems"):
+            settings = describe(args, config, test_sets)
         for test in test_sets:
             if test.note and my_rank == 0:
-                report.say(f"{test.name}: {test.note}")
+                terminal.say(f"{test.name}: {test.note}")
         with evaluation_directory(args, settings) as out:
             recorded = read_generations(out)
 
             # 3. Start an engine, unless no response is missing.
             sampler = None
             if is_incomplete(recorded, test_sets):
+                terminal.begin_phase("sampler (vLLM)")
                 end_token_ids = data.end_token_ids(args.model, config, tokenizer)
                 sampler = start_sampler(args, longest_prompt, end_token_ids)
+                terminal.end_phase()
 
             # 4. Sample the responses that are missing; score all of them.
             results, timeouts = measure_all(test_sets, sampler, verifier, args.seed, recorded, out)
@@ -122,7 +129,7 @@ def measure(
         problems: dicts with "prompt", "answer", "prompt_ids" and perhaps "level".
         samples: n, responses per problem.
         seed: a problem's own seed is derived from this one and from its index in `problems`.
-        label: what the progress bar says; without it there is no bar.
+        label: what the terminal shows meanwhile; without it nothing.
         recorded: {index of a problem: its responses} of an earlier call. These problems are not
             sampled again.
         record: a function that is called with (index, responses) as soon as a problem is done. A
@@ -165,14 +172,13 @@ class Measurement:
         if missing:
             prompts = [problem["prompt_ids"] for _, problem in missing]
             seeds = [distributed.derive_seed(self.seed, "evaluate", index) for index, _ in missing]
-            bar = distributed.progress_bar(self.label, total=len(numbered), initial=len(found))
-            for position, rollouts in self.sampler.stream(prompts, seeds, self.samples):
-                index = missing[position][0]
-                found[index] = [response_of(rollout) for rollout in rollouts]
-                if self.record:
-                    self.record(index, found[index])
-                bar.update()
-            bar.close()
+            with terminal.progress(self.label, len(numbered), done=len(found)) as part:
+                for position, rollouts in self.sampler.stream(prompts, seeds, self.samples):
+                    index = missing[position][0]
+                    found[index] = [response_of(rollout) for rollout in rollouts]
+                    if self.record:
+                        self.record(index, found[index])
+                    part.update()
         return [found[index] for index, _ in numbered]
 
     def score(self, problems: list, responses: list[list[dict]]) -> list[dict]:
@@ -181,7 +187,8 @@ class Measurement:
         for problem, group in zip(problems, responses, strict=True):
             texts += [response["text"] for response in group]
             answers += [problem["answer"]] * len(group)
-        rewards = self.verifier.score(texts, answers)
+        with terminal.progress(self.label and f"{self.label}, grading", len(texts)) as part:
+            rewards = self.verifier.score(texts, answers, each_done=part.update)
 
         results = []
         start = 0
@@ -456,9 +463,10 @@ def measure_all(
     with open_generations(out) as file:
         for test in test_sets:
             found = recorded.get(test.name, {})
-            results[test.name], timeouts[test.name] = measure_test_set(
-                test, sampler, verifier, seed, found, file
-            )
+            with terminal.progress(test.name):  # what other ranks do when this one is done
+                results[test.name], timeouts[test.name] = measure_test_set(
+                    test, sampler, verifier, seed, found, file
+                )
     return results, timeouts
 
 
@@ -538,7 +546,7 @@ def compare(path_a: str, path_b: str, out: str | None = None) -> None:
     if pass_curves:
         curves.pass_at_k(pass_curves, out / "pass.png")
         files += ", pass.png"
-    report.say(f"{text}\n\n{out}: {files}")
+    terminal.say(f"{text}\n\n{out}: {files}")
 
 
 def read_evaluation(path: str) -> Evaluation:
@@ -631,7 +639,7 @@ def differing_settings(a: Evaluation, b: Evaluation) -> list[str]:
 
 
 if __name__ == "__main__":
-    with distributed.one_failure_message():
+    with distributed.one_failure_message(), terminal.closing():
         if ARGS.compare:
             compare(*ARGS.compare, ARGS.out)
         else:

@@ -126,12 +126,13 @@ class Verifier:
         while not self.idle.empty():
             _kill(self.idle.get())
 
-    def score(self, responses, answers):
+    def score(self, responses, answers, each_done=lambda: None):
         """Rewards in the order of the responses.
 
         Args:
             responses: list of str.
             answers: list of the same length, of what `grade` takes as an answer.
+            each_done: a function that is called whenever one more answer has its score.
 
         Returns:
             A list of floats. A lost answer has 0.0.
@@ -142,7 +143,10 @@ class Verifier:
                 without a word.
         """
         questions = list(zip(responses, answers, strict=True))
-        scores = list(self.threads.map(self._score, questions))
+        scores = []
+        for score in self.threads.map(self._score, questions):
+            scores.append(score)
+            each_done()
         lost = scores.count(None)
         self.timeouts += lost
         self.lost_in_a_row = self.lost_in_a_row + lost if lost == len(scores) else 0

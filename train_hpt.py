@@ -20,7 +20,7 @@ L_RL and L_SFT are rows of the table in upge.py. Every rank runs `main`. Everyth
 on the seed, the step and the place of a prompt in the step, never on the rank.
 """
 
-from common import flags
+from common import flags, terminal
 
 # Flags are read before the slow imports, so that --help and wrong flags are answered at once.
 ARGS = flags.parse_training_args() if __name__ == "__main__" else None
@@ -41,25 +41,29 @@ import evaluate
 import reward
 import rollout
 from common import checkpoint, data, distributed, interrupt, metrics, model, plan, probe, report
-from upge import GATES, METHODS, PI_OLD, TABLE, Method, adv_one, gae, scale_one, upge_loss
+from common.step_table import StepTable
+from upge import GATES, METHODS, PI_OLD, TABLE, Method, adv_one, chord_schedule, gae, upge_loss
 
 
 def main(args) -> None:
     """Train as the docstring of this file says. Every rank calls it."""
     method = METHODS[args.method]
+    terminal.begin_phase("model and data")
     inputs = load_inputs(args, method)  # bad models and data fail here, before slow starts
+    terminal.begin_phase("verifier")
     with reward.Verifier(function=args.reward) as verifier:
         memory = plan.memory_plan(args, inputs.config, needs_critic(method))
         device, sampler, policy, critic = start(args, method, inputs, memory)
         out, step_done = open_run(args, inputs, policy, critic)  # --resume loads a checkpoint here
         print_plan(args, method, inputs, policy, memory, out)
+        table = start_table(args, inputs)
         sampler.load(policy.weights())  # wakes the sampler, which `start` has put to sleep
         if inputs.held_out and step_done == 0:
-            report.log(
-                out, {"step": 0} | evaluate_held_out(0, inputs, sampler, verifier, args, out)
-            )
+            measured = evaluate_held_out(0, inputs, sampler, verifier, args, out)
+            report.log(out, {"step": 0} | measured, table)
 
         for step in range(step_done + 1, args.steps + 1):
+            terminal.begin_step(step, args.steps)
             clock, counts = metrics.Clock(), metrics.Counts()
 
             # 1. Draw prompts, sample rollouts. Then the sampler sleeps and the trainer has the GPU.
@@ -73,7 +77,7 @@ def main(args) -> None:
             clock.lap("reward")
 
             # 3. The gate: alpha weighs a prompt's rollouts, beta its demonstration.
-            alpha, beta = apply_gate(rewards, method, args)
+            alpha, beta = apply_gate(rewards, step, method, args)
             prompts = list(map(Prompt, problems, rollouts, rewards, demo_rewards, alpha, beta))
 
             # 4. Deal the prompts into mini-batches; build the micro-batches of this rank.
@@ -99,7 +103,7 @@ def main(args) -> None:
             measured = measure_step(step, prompts, method, counts, clock, policy) | probed
             if is_due(step, args.eval_every, args.steps):
                 measured |= evaluate_held_out(step, inputs, sampler, verifier, args, out)
-            report.log(out, measured)
+            report.log(out, measured, table)
             report.log_samples(out, step, prompts)
             end_step(out, step, counts, args, policy, critic, inputs)
         sampler.close()
@@ -181,7 +185,7 @@ def sample_rollouts(sampler, problems: list, step: int, args) -> list[list[rollo
 def sample_share(sampler, n: int, requests: list[tuple]) -> list[list[rollout.Rollout]]:
     """This rank's share: n rollouts for each (prompt ids, seed)."""
     prompts, seeds = [ids for ids, _ in requests], [seed for _, seed in requests]
-    return sampler.generate(prompts, seeds, n, label="rollouts")
+    return sampler.generate(prompts, seeds, n, label="sampling")
 
 
 def grade(verifier, problems: list, rollouts: list, method: Method, counts) -> tuple[list, list]:
@@ -207,19 +211,25 @@ def grade(verifier, problems: list, rollouts: list, method: Method, counts) -> t
 
 def grade_share(verifier, pairs: list[tuple]) -> list[float]:
     """This rank's share: the rewards of (response, answer) pairs."""
-    return verifier.score([response for response, _ in pairs], [answer for _, answer in pairs])
+    responses, answers = [response for response, _ in pairs], [answer for _, answer in pairs]
+    with terminal.progress("grading", len(pairs)) as part:
+        return verifier.score(responses, answers, each_done=part.update)
 
 
-def apply_gate(rewards: list, method: Method, args) -> tuple[list[float], list[float]]:
+def apply_gate(rewards: list, step: int, method: Method, args) -> tuple[list[float], list[float]]:
     """(alpha, beta), one of each per prompt.
 
-    Without a gate, alpha is 1 if the method trains on rollouts, and beta is 1 if it trains on
-    demonstrations; else they are 0.
+    A gate looks at the rewards of a prompt, a schedule at the step alone. Without either, alpha is
+    1 if the method trains on rollouts, and beta is 1 if it trains on demonstrations; else they are
+    0.
     """
     if method.combine == "gate":
         correct = torch.tensor([sum(group) for group in rewards])
         alpha, beta = GATES[args.gate](correct, args.samples_per_prompt, args.gamma)
         return alpha.tolist(), beta.tolist()
+    if method.combine == "schedule":
+        alpha, beta = chord_schedule(step, *args.chord_mu, *args.chord_steps)
+        return [alpha] * len(rewards), [beta] * len(rewards)
     has_rollouts, has_demonstration = method.rollouts is not None, bool(method.demonstration)
     return [float(has_rollouts)] * len(rewards), [float(has_demonstration)] * len(rewards)
 
@@ -465,7 +475,7 @@ def build_micro_batches(
 def value_pass(critic, minibatches: list[list[MicroBatch]], args, counts) -> None:
     """PPO: the critic's values before the first update, the returns, and the whitened GAE."""
     rollouts = [m for micro_batches in minibatches for m in micro_batches]
-    for m in distributed.progress_bar("values", items=rollouts):
+    for m in terminal.each("values", rollouts):
         value = critic(m.ids, m.response_mask, m.lengths)[None]  # (1, M)
         if m.is_filler:  # it ran all the same: FSDP's ranks call the model equally often
             continue
@@ -483,7 +493,7 @@ def old_policy_pass(policy, later: list[list[MicroBatch]], args, counts) -> None
     without pi_old, unless --pi-old tis weighs its advantages, or one whose pi_old is the sampler's.
     """
     rollouts = [m for micro_batches in later for m in micro_batches if m.is_rollouts]
-    for m in distributed.progress_bar("pi_old", items=rollouts):
+    for m in terminal.each("pi_old", rollouts):
         is_trainers = args.pi_old == "trainer" and TABLE[m.row].needs_old_logp
         if not (is_trainers or args.pi_old == "tis"):
             m.old_logp = m.sampler_logp
@@ -589,10 +599,10 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
     L is a sum, of which each rank computes some terms. FSDP averages the ranks' parts, so each part
     is multiplied by the number of ranks.
     """
-    for m in distributed.progress_bar("update", items=micro_batches):
+    for m in terminal.each("update", micro_batches):
         row = TABLE[m.row]
         bonus = args.entropy_coef if m.is_rollouts else 0.0
-        with_entropy = bonus > 0 or row.scale is not scale_one
+        with_entropy = bonus > 0 or row.needs_entropy
         logp, entropy = policy(m.ids, m.response_mask, m.lengths, with_entropy)  # (M,) each
         logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, M)
         if m.is_filler:
@@ -631,7 +641,7 @@ def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts)
     sum_t w_t 1/2 max( (V - ret)^2, (V_old + clip(V - V_old, -c, c) - ret)^2 ),   ret = return
     """
     rollouts = [m for m in micro_batches if m.is_rollouts]
-    for m in distributed.progress_bar("critic", items=rollouts):
+    for m in terminal.each("critic", rollouts):
         value = critic(m.ids, m.response_mask, m.lengths)[None]  # (1, M)
         if m.is_filler:
             loss = 0.0 * value.sum()
@@ -702,7 +712,9 @@ def start(args, method: Method, inputs: Inputs, memory: plan.MemoryPlan):
     The order matters on a GPU: vLLM measures the free memory when it starts, so it comes before the
     trainer takes any. (The verifier's processes are older than both, so they hold no CUDA context.)
     """
+    terminal.begin_phase("process group")
     device = distributed.init_process_group()
+    terminal.begin_phase("sampler (vLLM)")
     sampler = rollout.Sampler(
         args.model,
         max_prompt_tokens=args.max_prompt_tokens,
@@ -717,8 +729,13 @@ def start(args, method: Method, inputs: Inputs, memory: plan.MemoryPlan):
         seed=args.seed,
     )
     sampler.sleep()
+    terminal.begin_phase("policy under FSDP")
     policy = model.build_policy(args, inputs.config, device)
-    critic = model.build_critic(args, inputs.config, device) if needs_critic(method) else None
+    critic = None
+    if needs_critic(method):
+        terminal.begin_phase("critic under FSDP")
+        critic = model.build_critic(args, inputs.config, device)
+    terminal.end_phase()
     return device, sampler, policy, critic
 
 
@@ -738,11 +755,20 @@ def print_plan(args, method: Method, inputs: Inputs, policy, memory, out: Path) 
     )
 
 
+def start_table(args, inputs: Inputs) -> StepTable:
+    """The table of steps, which estimates the time that is left from now on."""
+    evaluated = set()
+    if inputs.held_out:
+        steps = range(1, args.steps + 1)
+        evaluated = {step for step in steps if is_due(step, args.eval_every, args.steps)}
+    return StepTable(args.steps, evaluated)
+
+
 def measure_step(step, prompts: list[Prompt], method: Method, counts, clock, policy) -> dict:
     """The step's line of metrics.jsonl, from the counts of all ranks."""
-    has_gate, total = method.combine == "gate", counts.total()
+    total = counts.total()
     return metrics.step_metrics(
-        step, prompts, has_gate, total, clock.times, policy.num_parameters()
+        step, prompts, method.combine, total, clock.times, policy.num_parameters()
     )
 
 
@@ -750,14 +776,15 @@ def evaluate_held_out(step: int, inputs: Inputs, sampler, verifier, args, out: P
     """Sample and grade the held-out problems; {} if there are none. Appends to held_out.jsonl."""
     if not inputs.held_out:
         return {}
-    results = evaluate.measure(
-        sampler,
-        verifier,
-        inputs.held_out,
-        samples=args.eval_samples,
-        seed=args.seed,
-        label="held-out problems",
-    )
+    with terminal.progress("held-out problems"):  # what other ranks do when this one is done
+        results = evaluate.measure(
+            sampler,
+            verifier,
+            inputs.held_out,
+            samples=args.eval_samples,
+            seed=args.seed,
+            label="held-out problems",
+        )
     if distributed.rank() == 0:
         report.write_results(out / "held_out.jsonl", results, step=step)
     return report.held_out_metrics(results)
@@ -767,7 +794,10 @@ def open_run(args, inputs: Inputs, policy, critic) -> tuple[Path, int]:
     """Make the run's directory, or load the newest checkpoint in it: (directory, steps done)."""
     out = report.open_run(args)
     networks = [policy, critic] if critic else [policy]
-    step_done = checkpoint.resume(out, networks, inputs, args.steps) if args.resume else 0
+    step_done = 0
+    if args.resume:
+        with terminal.progress("reading the checkpoint"):
+            step_done = checkpoint.resume(out, networks, inputs, args.steps)
     seed_dropout(args.seed, step_done)
     report.begin_copies(out, args)
     interrupt.listen()
@@ -813,11 +843,12 @@ def save_checkpoint(out: Path, step: int, args, policy, critic, inputs: Inputs) 
         for network in networks:
             network.check_updated()
     directory = checkpoint.directory_of(out, step, args.steps)
-    checkpoint.save(directory, step, networks, inputs, args.keep)
+    with terminal.progress(f"saving {directory.name}"):
+        checkpoint.save(directory, step, networks, inputs, args.keep)
 
 
 if __name__ == "__main__":
-    with distributed.one_failure_message():
+    with distributed.one_failure_message(), terminal.closing():
         if ARGS.plan is None:
             main(ARGS)
         else:

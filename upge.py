@@ -39,14 +39,15 @@ table is a choice of components (TABLE below holds it, `python upge.py` prints i
     srft        rollout  1         pi_theta                       (+1 / -1) * 0.1e^H  1/(G L_max)
     srft_sft    demo     1         pi_theta                       (1) * 0.5e^-H       1/(G L_max)
     srft_demo   demo     1         1                              (R - mean)/std      1/(G L_max)
+    chord_demo  demo     1         pi_theta                       (1) * p(1-p)        1/all tokens
 
 r = pi_theta/pi_old of a token; s = the geometric mean of r over its sequence. clip(x) is a mask: 0
 if x has left [1-eps_low, 1+eps_high] on the side to which A pushes it, else 1. R = reward of the
 sequence; mean and std are over its group. The group is the n rollouts of a prompt, or a
 demonstration alone, or (LUFFY, SRFT) both together; G is its size. |y| = length of the sequence in
 tokens; L_max = the largest allowed length. H = mean entropy of pi_theta over the sequence; the
-factor 0.1e^H applies only where A > 0. g = 0.1. Except in "1/all tokens", w is also divided by the
-number of prompts, N.
+factor 0.1e^H applies only where A > 0. p = pi_theta of the token. g = 0.1. Except in "1/all
+tokens", w is also divided by the number of prompts, N.
 
 One step of HPT on N = 2 prompts with n = 3 rollouts each; c_sft is the coefficient of the SFT loss:
 
@@ -276,9 +277,9 @@ def gae(
     return advantages
 
 
-# ---- SRFT's scale of A, from H, the mean entropy of pi_theta over the sequence, detached.
-# Deviation: SRFT's own code (arXiv 2506.19767) has exp(+H) on its SFT term; exp(-H) is how the
-# authors of HPT ran it.
+# ---- A scale of A, detached, in the shape of t.logp. SRFT's come from H, the mean entropy of
+# pi_theta over the sequence. Deviation: SRFT's own code (arXiv 2506.19767) has exp(+H) on its SFT
+# term; exp(-H) is how the authors of HPT ran it.
 
 
 def scale_one(t: Tokens) -> Tensor:
@@ -296,6 +297,15 @@ def scale_srft_sft(t: Tokens) -> Tensor:
     """0.5 exp(-H)."""
     mean_entropy = sequence_mean(given(t, "entropy"), t)
     return 0.5 * (-mean_entropy).exp()
+
+
+def scale_chord(t: Tokens) -> Tensor:
+    """CHORD's phi = p (1 - p), p = pi_theta of the token (arXiv 2508.11408, eq. 5).
+
+    It is largest at p = 1/2: what the model knows already, and what it finds absurd, weigh little.
+    """
+    p = t.logp.exp()
+    return p * (1 - p)
 
 
 # ---- w, the normaliser: the weight of each token of a sequence, (B,) float64. All take
@@ -355,6 +365,11 @@ class Row(NamedTuple):
         without = self.log_ref in (ref_theta, ref_one, ref_luffy) and self.stable is stable_always
         return not without
 
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the scale may depend on the entropy. One of your own counts as if it did."""
+        return self.scale not in (scale_one, scale_chord)
+
 
 # fmt: off
 TABLE = {
@@ -383,6 +398,8 @@ TABLE = {
     # SRFT's own row, as in the paper's Table 1. No method below uses it: the authors of HPT ran
     # SRFT with luffy_demo in its place.
     "srft_demo":  Row("demo",    stable_always, ref_one,   adv_standardised,  per_constant),
+    "chord_demo": Row("demo",    stable_always, ref_theta, adv_one,           per_token,
+                      scale=scale_chord),
 }
 # fmt: on
 
@@ -394,6 +411,7 @@ class Method(NamedTuple):
     demonstration: tuple[str, ...] = ()  # the rows for it; their losses add up
     # "gate":  per prompt, the gate decides between the rollouts and the demonstration.
     # "group": the demonstration joins the rollouts as one more member, in place of a rollout.
+    # "schedule": every prompt trains on both; the step decides how much each weighs.
     combine: str | None = None
 
 
@@ -412,6 +430,7 @@ METHODS = {
     "gspo":      Method("gspo"),
     "luffy":     Method("luffy",   ("luffy_demo",),            "group"),
     "srft":      Method("srft",    ("srft_sft", "luffy_demo"), "group"),
+    "chord":     Method("grpo",    ("chord_demo",),            "schedule"),
     "hpt":       Method("dr_grpo", ("sft",),                   "gate"),
     # The paper's ablation replaces SFT in HPT: Mix/ON adds offline RL to it, OFF/ON has it alone.
     "hpt_mix":   Method("dr_grpo", ("sft", "offline"),         "gate"),  # Mix/ON
@@ -443,6 +462,28 @@ def smooth_gate(correct: Tensor, n: int, gamma: float | None = None) -> tuple[Te
 
 
 GATES = {"switch": hpt_gate, "smooth": smooth_gate}
+
+
+def chord_schedule(
+    step: int, peak: float, valley: float, warmup: int = 0, decay: int = 0
+) -> tuple[float, float]:
+    """CHORD's (alpha, beta) of all prompts of a step, (1 - mu, mu): arXiv 2508.11408, eq. 3.
+
+    mu rises in a line from 0 to `peak`, which it has at step `warmup`. Then it falls to `valley`,
+    along half a cosine, in `decay` steps, and stays there.
+
+    Args:
+        step: counts from 1.
+        peak, valley: from 0 to 1. Where they are equal and warmup is 0, mu is constant.
+        warmup, decay: numbers of steps.
+    """
+    if step < warmup:
+        mu = peak * step / warmup
+    else:
+        fallen = min(1.0, (step - warmup) / decay) if decay else 1.0  # how much of the way, in time
+        mu = valley + (peak - valley) * (1 + math.cos(math.pi * fallen)) / 2
+    return 1 - mu, mu
+
 
 # ---- Which policy counts as pi_old. The sampler and the trainer compute slightly different
 # log-probabilities with the same weights. Each function takes both, per sampled token, in any
@@ -560,6 +601,7 @@ NAMES = {
     adv_standardised: "(R - mean)/std",
     scale_srft: "0.1e^H",
     scale_srft_sft: "0.5e^-H",
+    scale_chord: "p(1-p)",
     per_sequence: "1/(G|y|)",
     per_constant: "1/(G L_max)",
     per_group_token: "1/sum |y|",

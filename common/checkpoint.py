@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from common import report
+from common import report, terminal
 from common.distributed import rank, share_work, world_size
 
 PARTIAL = ".partial"  # ends the name of a directory that is being written or removed
@@ -259,7 +259,7 @@ def resume(out: Path, networks: list, inputs, last_step: int) -> int:
         if name != directory:  # --steps has changed
             rename(directory, name)
         report.cut_logs(out, step)
-        print(f"going on after step {step}, from {name}", flush=True)
+        terminal.say(f"going on after step {step}, from {name}")
     dist.barrier()
     return step
 
@@ -284,7 +284,7 @@ def newest_whole(out: Path) -> tuple[Path, dict] | None:
         if fault is None:
             return path, facts
         if rank() == 0:
-            print(f"warning: {path} is damaged ({fault}): passed over", flush=True)
+            terminal.say(f"warning: {path} is damaged ({fault}): passed over")
     if candidates[0]:
         raise SystemExit(
             f"error: --resume: no checkpoint in {out} is whole; to begin again, remove {out} or "

@@ -5,6 +5,7 @@ import math
 PANELS = {  # metric -> title of its panel; a panel that no run has is left out
     "reward/mean": "reward on training prompts",
     "hpt/sft_frac": "share of gated prompts",
+    "chord/mu": "mu, the weight of the demonstrations",
     "hpt/offline_ratio": "offline ratio K / (n(N-K)+K)",
     "policy/entropy": "entropy per token, nats",
     "response_length/mean": "response length, tokens",
@@ -19,7 +20,7 @@ PANELS = {  # metric -> title of its panel; a panel that no run has is left out
     "probe/sft_variance": "SFT: variance over prompts",
     "eval/pass@1": "held-out accuracy",
 }
-SHARES = ("reward", "hpt", "eval")  # the metrics named so lie between 0 and 1
+SHARES = ("reward", "hpt", "chord", "eval")  # the metrics named so lie between 0 and 1
 
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito, 2008); then again, dashed.

@@ -186,14 +186,6 @@ def total_over_ranks(counts: dict[str, float], maxima: tuple[str, ...] = ()) -> 
     return totals
 
 
-def progress_bar(label: str | None, total: int | None = None, initial: int = 0, items=None):
-    """A tqdm bar on the terminal of rank 0, nothing elsewhere. `items`: what to iterate over."""
-    from tqdm import tqdm
-
-    hidden = label is None or rank() != 0 or not sys.stderr.isatty()
-    return tqdm(items, label, total, leave=False, initial=initial, disable=hidden)
-
-
 def is_lost_connection(error: RuntimeError) -> bool:
     """Tell whether an error comes from Gloo or NCCL, as where another rank has ended."""
     import torch.distributed as dist
@@ -243,7 +235,8 @@ def in_main() -> None:
 def _end(_number, _frame) -> None:
     """The handler of SIGINT during imports."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"interrupted\n")
+        cleared = b"\r" + 20 * b" " + b"\r" if os.isatty(2) else b""  # as common/terminal.py does
+        os.write(2, cleared + b"interrupted\n")
     os._exit(128 + signal.SIGINT)
 
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from common import terminal
 from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
 from common.distributed import during_imports, one_failure_message, printable
 
@@ -27,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TOY_ARGS = REPOSITORY / "toy" / "toy.args"
 # Names in upge.py, which is not imported here since it imports torch, which is slow.
 METHODS = ["sft", "dft", "reinforce", "rloo", "ppo", "grpo", "dr_grpo", "dapo", "cispo", "gspo"]
-METHODS += ["luffy", "srft", "hpt", "hpt_mix", "hpt_off"]
+METHODS += ["luffy", "srft", "chord", "hpt", "hpt_mix", "hpt_off"]
 GROUP_METHODS = ["luffy", "srft"]  # those with combine == "group"
 # Those that train on nothing but rollouts whose advantage is 0 if a group holds one rollout.
 COMPARING_METHODS = ["rloo", "grpo", "dr_grpo", "dapo", "cispo", "gspo"]
@@ -129,6 +130,7 @@ def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_training(parser, args)
     if argv is None:  # the program goes on with slow imports
         during_imports()
+        terminal.start(args.verbose)
     return args
 
 
@@ -140,6 +142,7 @@ def parse_evaluation_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_evaluation(parser, args)
     if argv is None:  # the program goes on with slow imports
         during_imports()
+        terminal.start(args.verbose)
     return args
 
 
@@ -292,6 +295,7 @@ def training_parser() -> Parser:
         group, "--save-every", COUNT_OR_0, 0, "steps between checkpoints; 0: only one at the end"
     )
     number(group, "--keep", COUNT_OR_0, 2, "the newest checkpoints that stay besides final; 0: all")
+    add_verbose_flag(group)
     group.add_argument(
         "--resume",
         action="store_true",
@@ -346,6 +350,24 @@ def add_algorithm_flags(parser: Parser) -> None:
     number(group, "--tis-cap", POSITIVE, 2.0, "where --pi-old tis truncates importance weights")
     add_reward_flag(group)
     number(group, "--entropy-coef", POSITIVE_OR_0, 0.0, "weight of an entropy bonus on rollouts")
+
+    group = parser.add_argument_group("chord")
+    group.add_argument(
+        "--chord-mu",
+        type=SHARE,
+        nargs=2,
+        default=[0.1, 0.1],
+        metavar=("PEAK", "VALLEY"),
+        help="mu, the weight of demonstrations; rollouts weigh 1 - mu (0.1 0.1)",
+    )
+    group.add_argument(
+        "--chord-steps",
+        type=COUNT_OR_0,
+        nargs=2,
+        default=[0, 0],
+        metavar=("WARMUP", "DECAY"),
+        help="rollout steps in which mu rises from 0 to PEAK, and falls to VALLEY (0 0)",
+    )
 
     group = parser.add_argument_group("ppo")
     text(
@@ -418,6 +440,12 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
             "train on nothing: --samples-per-prompt must be at least 2, not "
             f"{args.samples_per_prompt}"
         )
+    (peak, valley), (_, decay) = args.chord_mu, args.chord_steps
+    if args.method == "chord" and peak != valley and decay == 0:
+        parser.error(
+            f"--chord-mu {peak:g} {valley:g} says that mu falls, but --chord-steps gives it no "
+            "steps to fall in: its second number must be above 0"
+        )
     if args.critic and args.method != "ppo":
         parser.error(f"--critic is for --method ppo, not {args.method}")
     if args.minibatches_per_step > args.prompts_per_step:
@@ -446,7 +474,7 @@ def is_installed(package: str) -> bool:
 # saved, and how the work is cut, which changes the gradient by rounding at most.
 MAY_CHANGE = ["out", "resume", "steps", "save_every", "keep", "max_skipped", "eval_every"]
 MAY_CHANGE += ["probe_gradients", "tokens_per_microbatch", "gradient_checkpointing"]
-MAY_CHANGE += ["tensor_parallel", "gpu_memory_utilization", "wandb", "tensorboard"]
+MAY_CHANGE += ["tensor_parallel", "gpu_memory_utilization", "wandb", "tensorboard", "verbose"]
 
 
 def check_out(parser: Parser, args: argparse.Namespace) -> None:
@@ -541,6 +569,7 @@ def evaluation_parser() -> Parser:
         metavar=("A", "B"),
         help="two directories, of evaluations or training runs; nothing is sampled",
     )
+    add_verbose_flag(group)
     return parser
 
 
@@ -631,6 +660,16 @@ def add_reward_flag(group) -> None:
     """Add the flag that names the verifier."""
     about = "grades (response, answer) from 0 to 1"
     text(group, "--reward", "MODULE:FUNCTION", about, "reward:grade")
+
+
+def add_verbose_flag(group) -> None:
+    """Add the flag that lets other libraries print."""
+    group.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="print what vLLM, torch and transformers say, too; their errors come in any case",
+    )
 
 
 def add_engine_flags(group, gpu_memory_utilization: float | None) -> None:

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 
+from common import terminal
+
 _asked = 0  # the number of the first signal that told this rank to stop
 
 
@@ -26,6 +28,7 @@ def _note(number, _frame) -> None:
     if not _asked and os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+        terminal.clear()
         # Not print(): the signal may have interrupted another print() of this process.
         os.write(2, f"\n{name}: the step in hand is finished and saved first{again}\n".encode())
     _asked = _asked or number
@@ -44,6 +47,7 @@ def asked() -> int:
 def stop(number: int, checkpoint, out) -> None:
     """End the run with the status that tells of a signal: 143 for SIGTERM, 130 for Ctrl-C."""
     if os.environ.get("RANK", "0") == "0":
+        terminal.clear()
         print(
             f"{signal.Signals(number).name}: stopped; {checkpoint} is saved. To go on: the same "
             f"command with --out {out} --resume",

@@ -124,7 +124,7 @@ class Counts:
 def step_metrics(
     step: int,
     prompts: list,
-    has_gate: bool,
+    combine: str | None,
     counts: Counts,
     times: dict[str, float],
     parameters: int,
@@ -133,14 +133,16 @@ def step_metrics(
 
     Args:
         prompts: the step's train_hpt.Prompt objects, all of them.
-        has_gate: whether a gate chose between rollouts and demonstration.
+        combine: the method's, as upge.Method has it.
         counts: the total over the ranks.
         times: seconds per phase.
         parameters: of the policy.
     """
     metrics = {"step": step} | data_metrics(prompts)
-    if has_gate:
+    if combine == "gate":
         metrics["hpt/sft_frac"] = statistics.fmean(p.beta for p in prompts)
+    if combine == "schedule":
+        metrics["chord/mu"] = prompts[0].beta
     if any(p.rollouts for p in prompts):
         metrics |= rollout_metrics(prompts, counts.timeouts, times["rollout"])
     if counts.mismatch_tokens:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from common import attention, distributed
+from common import attention, distributed, terminal
 
 
 class Network(torch.nn.Module):
@@ -74,7 +74,7 @@ class Network(torch.nn.Module):
         else:
             self.skipped_in_a_row += 1
             if distributed.rank() == 0:
-                print(f"gradient norm of the {self.name} is {norm}: update skipped", flush=True)
+                terminal.say(f"gradient norm of the {self.name} is {norm}: update skipped")
         self.optimizer.zero_grad()
         return norm
 

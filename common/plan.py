@@ -8,7 +8,7 @@ docs/performance.md holds its figures for models of 1.5 to 32 billion parameters
 import dataclasses
 import os
 
-from common import data
+from common import data, terminal
 
 GB = 1e9
 CHUNK = 1024  # tokens to which the output layer is applied at a time (model.Policy)
@@ -122,11 +122,11 @@ def show(args, has_critic: bool) -> None:
     data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
     plan = memory_plan(args, config, has_critic, args.plan)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    print(f"{args.method} on {args.model}, {ranks} rank{'s' * (ranks > 1)}")
-    print("\n".join(plan.lines()))
+    terminal.say(f"{args.method} on {args.model}, {ranks} rank{'s' * (ranks > 1)}")
+    terminal.say("\n".join(plan.lines()))
     if plan.problems():
         raise SystemExit(1)
-    print("this fits")
+    terminal.say("this fits")
 
 
 def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = None) -> MemoryPlan:

@@ -23,8 +23,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from common import curves, loggers
+from common import curves, loggers, terminal
 from common.distributed import printable, rank, share_work, world_size
+from common.next_runs import next_commands
+from common.step_table import StepTable
+from common.terminal import bold, say, show
 
 # ------------------------------------------------------------------------------------ 1. Statistics
 
@@ -300,11 +303,6 @@ def without_nan(value):
     return value
 
 
-def say(text: str) -> None:
-    """Print a text in which control characters, of a data set or of a model, are spelled out."""
-    print(printable(text), flush=True)
-
-
 def one_line(value) -> str:
     """Return a value as text for a cell of a table: without control characters and line breaks."""
     return printable(str(value)).replace("\n", "\\n")
@@ -334,18 +332,6 @@ def markdown_table(rows: list[list]) -> list[str]:
 
 # ---------------------------------------------------------------------------------- 3. Training run
 
-STEP_LINE = {  # metric -> its label in the line that is printed per step
-    "reward/mean": "reward",
-    "hpt/sft_frac": "gated",
-    "hpt/offline_ratio": "offline",
-    "sft/nll": "nll",
-    "response_length/mean": "length",
-    "policy/entropy": "entropy",
-    "mismatch/kl": "mismatch",
-    "optim/grad_norm": "grad",
-    "time/step": "sec",
-    "eval/pass@1": "HELD-OUT ACCURACY",
-}
 FILES = {  # what a run leaves behind
     "metrics.jsonl": "every metric of every step",
     "samples.jsonl": "a few rollouts of every step",
@@ -496,19 +482,14 @@ def _note_on_single_rollouts(args, n):
     ]
 
 
-def log(out: Path, metrics: dict) -> None:
+def log(out: Path, metrics: dict, table: StepTable) -> None:
     """Append one step's metrics to metrics.jsonl and print the few that one watches (rank 0)."""
     if rank() != 0:
         return
     append_jsonl(out / "metrics.jsonl", [without_nan(metrics)])
     loggers.log(without_nan(metrics))
-    line = f"step {metrics['step']:>4}"
-    for name, label in STEP_LINE.items():
-        if metrics.get(name) is not None:
-            line += f"  {label} {metrics[name]:.3g}"
-    if metrics.get("perf/train_tokens_per_sec") == 0:
-        line += "  nothing to train on"  # no sequence has a signal
-    print(line, flush=True)
+    for line in table.lines_of(metrics):
+        show(line)
 
 
 def log_samples(out: Path, step: int, prompts: list, count: int = 3) -> None:
@@ -588,7 +569,7 @@ def read_metrics(run) -> dict[str, list]:
 
 
 def closing_table(out: Path, args) -> None:
-    """Print the run's closing table on rank 0, draw curves.png and list the files of the run.
+    """Print on rank 0 what the run has reached, its files and what to run next; draw curves.png.
 
     This is the last thing that a run does: the copies of metrics.jsonl are closed, too.
     Everything is read back from the run's directory, so that a run that was continued reports on
@@ -596,21 +577,23 @@ def closing_table(out: Path, args) -> None:
     """
     if int(os.environ.get("RANK", 0)) != 0:  # the process group, and rank() with it, has ended
         return
-    if (out / "held_out.jsonl").exists():
-        say("\n".join(_before_and_after(read_jsonl(out / "held_out.jsonl"), args.temperature)))
+    terminal.end_steps()
     metrics = read_metrics(out)
-    ratios = [ratio for _, ratio in metrics["hpt/offline_ratio"]]
-    few = min(5, len(ratios))
-    at_the_start = statistics.fmean(ratios[:few])
-    at_the_end = statistics.fmean(ratios[-few:])
-    print(
-        f"\noffline ratio, mean of {few} steps: "
-        f"{at_the_start:.3f} at the start, {at_the_end:.3f} at the end"
-    )
-    curves.plot({out.name: [metrics]}, out / "curves.png")
+    sentences = []
+    if (out / "held_out.jsonl").exists():
+        rows = read_jsonl(out / "held_out.jsonl")
+        show("\n".join(_before_and_after(rows, args.temperature)))
+        sentences.append(_accuracy_sentence(rows))
+    sentences += _trend_sentences(metrics)
+    if sentences:
+        say("\n".join(["", *sentences]))
+    with terminal.progress("drawing curves.png"):
+        curves.plot({out.name: [metrics]}, out / "curves.png")
+    say(f"\nwritten to {out}:")
     for name, what in FILES.items():
         if (out / name).exists():
-            say(f"  {out / name}: {what}")
+            say(f"  {name:<15}{what}")
+    say("\n".join(["\nnext:", *(f"  {line}" for line in next_commands(out, args, sys.argv[1:]))]))
     loggers.close()
 
 
@@ -634,8 +617,52 @@ def _before_and_after(rows, temperature):
         for part in (results, after[level]):
             score = mean_and_error([accuracy(result) for result in part])
             line += f" {100 * score.mean:>7.1f} +-{100 * score.error:4.1f}"
-        lines.append(line)
+        lines.append(bold(line) if level == "all" else line)
     return lines
+
+
+def _accuracy_sentence(rows):
+    """Return what became of the held-out accuracy; rows as in `_before_and_after`.
+
+    Both evaluations have the same problems, so the error of the difference is that of the
+    differences. A change within two of its errors is not called one.
+    """
+    before = [accuracy(row) for row in rows if row["step"] == 0]
+    after = [accuracy(row) for row in rows if row["step"] == rows[-1]["step"]]
+    first, last = mean_and_error(before), mean_and_error(after)
+    change = mean_and_error([b - a for a, b in zip(before, after, strict=True)])
+    verb = "rose" if change.mean > 0 else "fell"
+    if not abs(change.mean) > 2 * change.error:
+        verb = "did not clearly change: it went"
+    return (
+        f"Held-out accuracy {verb} from {100 * first.mean:.1f} +- {100 * first.error:.1f} % "
+        f"to {100 * last.mean:.1f} +- {100 * last.error:.1f} %."
+    )
+
+
+TRENDS = {
+    "reward/mean": "the mean reward went",
+    "hpt/sft_frac": "the gated share",
+}
+TREND_WITHOUT_ROLLOUTS = {"sft/nll": "the loss per token of the demonstrations went"}
+
+
+def _trend_sentences(metrics):
+    """Return a sentence on the first and the last steps of a run; none if it has one step."""
+    trends = TRENDS if "reward/mean" in metrics else TREND_WITHOUT_ROLLOUTS
+    series = {text: metrics[name] for name, text in trends.items() if name in metrics}
+    few = min([5, *(len(points) // 2 for points in series.values())])
+    if not series or few == 0:
+        return []
+    parts = []
+    for text, points in series.items():
+        values = [value for _, value in points]
+        first, last = statistics.fmean(values[:few]), statistics.fmean(values[-few:])
+        parts.append(f"{text} from {first:.3f} to {last:.3f}")
+    steps = "From the first step to the last"
+    if few > 1:
+        steps = f"From the first {few} steps to the last {few}"
+    return [f"{steps}, {', and '.join(parts)}."]
 
 
 # ------------------------------------------------------------------------------------ 4. Evaluation

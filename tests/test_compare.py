@@ -41,7 +41,7 @@ def step(rollouts=0, demo_tokens=0, seconds=1.0, reward=0.0, **more):
 @pytest.fixture
 def comparison(tmp_path):
     """Three seeds of SFT, two of GRPO and HPT, one of SFT -> GRPO; longer sums, many samples."""
-    comparison = compare.Comparison(tmp_path, steps=30, samples=4)
+    comparison = compare.Comparison(compare.TOY, tmp_path, steps=30, samples=4)
     base = (4, 0, 0)
     runs = {
         ("SFT", 0): ((4, 1, 0), (4, 2, 2), [step(demo_tokens=100, seconds=2)] * 2),
@@ -86,53 +86,63 @@ def cells(text):
 def test_the_main_table_by_hand(comparison):
     table = cells(compare.write_report(comparison, seeds=3))[0]
     rows = {row[0]: row[1:] for row in table[1:]}
-    assert list(rows) == ["base", "SFT", "GRPO", "SFT -> GRPO", "HPT"]
-    assert rows["base"] == ["", "", "33.3", "0.0", "", "", ""]
-    assert rows["SFT"] == ["3", "41.7 ± 0.0", "66.7 ± 0.0", "50.0 ± 0.0", "0", "200", "4"]
-    assert rows["GRPO"] == ["2", "33.3 ± 0.0", "58.3 ± 0.0", "37.5 ± 0.0", "20", "0", "12"]
-    assert rows["HPT"] == ["2", "58.3 ± 11.8", "83.3 ± 23.6", "100.0 ± 0.0", "20", "15", "10"]
+    assert list(rows) == ["SFT", "GRPO", "SFT -> GRPO", "HPT"]
+    base, costs = "33.3 ± 0.0", ["", "0.00", "0", "200", "4"]
+    assert rows["SFT"] == ["3", base, "41.7 ± 0.0", "66.7 ± 0.0", "50.0 ± 0.0", *costs]
+    costs = ["", "0.00", "20", "0", "12"]
+    assert rows["GRPO"] == ["2", base, "33.3 ± 0.0", "58.3 ± 0.0", "37.5 ± 0.0", *costs]
+    costs = ["", "0.00", "20", "15", "10"]
+    assert rows["HPT"] == ["2", base, "58.3 ± 11.8", "83.3 ± 23.6", "100.0 ± 0.0", *costs]
 
 
 def test_an_arm_with_a_parent_costs_both(comparison):
     table = cells(compare.write_report(comparison, seeds=3))[0]
     row = next(row for row in table if row[0] == "SFT -> GRPO")
-    assert row[5:] == ["20", "200", "16"]  # 4 seconds of SFT and 12 of GRPO
+    assert row[-3:] == ["20", "200", "16"]  # 4 seconds of SFT and 12 of GRPO
 
 
 def test_only_the_seeds_asked_for_are_reported(comparison):
     table = cells(compare.write_report(comparison, seeds=1))[0]
-    assert {row[0]: row[1] for row in table[2:]}["HPT"] == "1"
+    assert {row[0]: row[1] for row in table[1:]}["HPT"] == "1"
+
+
+def test_longer_sums_have_a_table_of_their_own(comparison):
+    table = cells(compare.write_report(comparison, seeds=3))[1]
+    costs = ["0", "0", "2"]
+    none = "0.0 ± 0.0"
+    assert table[1:] == [
+        ["GRPO, longer sums", "1", "0.0", "", "0.0", "0.0", "", "0.00", *costs],
+        ["HPT, longer sums", "2", none, "", "50.0 ± 0.0", "50.0 ± 0.0", "0.65", "0.35", *costs],
+    ]
+
+
+def test_accuracy_by_level(comparison):
+    table = cells(compare.write_report(comparison, seeds=3))[2]
+    assert table[0] == ["held out, by level, %", "1", "5", "6"]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    assert rows["SFT"] == ["100", "50", "50"]
+    assert rows["HPT"] == ["50", "100", "100"]  # the mean of 100 and 0 at level 1
 
 
 def test_pass_at_k_by_hand(comparison):
-    table = cells(compare.write_report(comparison, seeds=3))[1]
+    table = cells(compare.write_report(comparison, seeds=3))[3]
     assert table == [
-        ["pass@k, levels 5-6, seed 0, %", "1", "2", "4"],
+        ["pass@k on hard problems, seed 0, %", "1", "2", "4"],
         ["base", "25.0", "50.0", "100.0"],
         ["HPT", "100.0", "100.0", "100.0"],
     ]
 
 
-def test_longer_sums_have_a_table_of_their_own(comparison):
-    table = cells(compare.write_report(comparison, seeds=3))[2]
-    assert table[1:] == [
-        ["GRPO, longer sums", "1", "0.0", "0.0", "", "0.00"],
-        ["HPT, longer sums", "2", "0.0 ± 0.0", "50.0 ± 0.0", "0.30", "0.70"],
-    ]
-
-
-def test_the_base_is_that_of_the_runs_on_the_toys_own_sums(comparison):
-    longer = compare.read_run(comparison.directory("HPT, longer sums", 0), 0)
-    child = compare.read_run(comparison.directory("SFT -> GRPO", 0), 0)
-    assert compare.base_results({"SFT -> GRPO": [child], "HPT, longer sums": [longer]}) == []
-    assert compare.base_results({"SFT": [child], "HPT, longer sums": [longer]}) == child.before
+def test_exclusive_solves_of_hard_problems(comparison):
+    table = cells(compare.write_report(comparison, seeds=3))[4]
+    assert table[1:] == [["HPT and base", "1", "0"]]
 
 
 def test_exclusive_solves_are_counted_by_seed(comparison):
     sentence = compare.write_report(comparison, seeds=3).splitlines()[-1]
     assert sentence.startswith("Of 3 held-out problems, solved by HPT and not by GRPO")
     assert "by seed: +1/-0, +1/-1; as a yardstick" in sentence
-    assert sentence.endswith("with the next seed, and the reverse: +1/-1")
+    assert sentence.endswith("by GRPO and not by GRPO with the next seed, and the reverse: +1/-1")
 
 
 def test_the_report_is_written_with_its_figures(comparison):
@@ -157,38 +167,52 @@ def training_flags(comparison, label, seed=0):
     return flags.parse_training_args(command[script + 1 :])
 
 
-@pytest.mark.parametrize("label", compare.ARMS)
-def test_every_arm_is_a_command_that_the_program_takes(tmp_path, label):
-    comparison = compare.Comparison(tmp_path, steps=30, samples=4)
+EVERY_ARM = [(name, label) for name, task in compare.TASKS.items() for label in task.arms]
+
+
+@pytest.mark.parametrize("name, label", EVERY_ARM)
+def test_every_arm_is_a_command_that_the_program_takes(tmp_path, name, label):
+    comparison = compare.Comparison(compare.TASKS[name], tmp_path, steps=30, samples=4)
     args = training_flags(comparison, label, seed=2)
-    arm = compare.ARMS[label]
-    assert (args.method, args.gamma, args.seed) == (arm.method, arm.gamma, 2)
-    assert args.eval_every == 15
+    arm = comparison.task.arms[label]
+    assert (args.method, args.seed, args.steps) == (arm.method, 2, round(30 * arm.length))
+    assert args.eval_every == (args.steps // 2 if name == "toy" else 0)
     assert args.out == str(comparison.directory(label, 2))
 
 
+def test_flags_of_an_arm_come_after_those_of_the_task(tmp_path):
+    comparison = compare.Comparison(compare.TOY, tmp_path, steps=30, samples=4)
+    assert training_flags(comparison, "HPT, gamma 1/8").gamma == 1 / 8
+    words = compare.Comparison(compare.WORD_PROBLEMS, tmp_path, 20, 4, model="somewhere")
+    assert training_flags(words, "HPT, c_sft 0.3").sft_coef == 0.3
+    assert training_flags(words, "HPT").model == "somewhere"
+    assert training_flags(words, "GRPO, warm").model.endswith("sft-a-few-steps-seed0/final")
+
+
 def test_arms_start_from_the_base_and_train_on_the_toy(tmp_path):
-    args = training_flags(compare.Comparison(tmp_path, steps=30, samples=4), "HPT")
+    args = training_flags(compare.Comparison(compare.TOY, tmp_path, steps=30, samples=4), "HPT")
     assert Path(args.model).samefile(compare.make.BASE)
     assert Path(args.data).samefile(report.REPOSITORY / "toy/train.jsonl")
     assert (args.steps, args.lr) == (30, 1e-4)
 
 
 def test_an_arm_with_a_parent_starts_from_its_model_of_the_same_seed(tmp_path):
-    comparison = compare.Comparison(tmp_path, steps=30, samples=4)
+    comparison = compare.Comparison(compare.TOY, tmp_path, steps=30, samples=4)
     args = training_flags(comparison, "SFT -> GRPO", seed=1)
     assert args.model == str(comparison.directory("SFT", 1) / "final")
 
 
 def test_longer_sums_have_flags_of_their_own(tmp_path):
-    args = training_flags(compare.Comparison(tmp_path, steps=30, samples=4), "HPT, longer sums")
+    args = training_flags(
+        compare.Comparison(compare.TOY, tmp_path, steps=30, samples=4), "HPT, longer sums"
+    )
     assert args.data == str(tmp_path / "longer.jsonl")
     assert args.eval_data == str(tmp_path / "longer_held_out.jsonl")
     assert (args.steps, args.lr, args.max_prompt_tokens) == (60, 5e-4, 24)
 
 
 def test_the_hard_problems_are_sampled_as_training_samples(tmp_path):
-    comparison = compare.Comparison(tmp_path, steps=30, samples=64)
+    comparison = compare.Comparison(compare.TOY, tmp_path, steps=30, samples=64)
     command = [str(word) for word in comparison.sampling_command("HPT", "model")]
     script = command.index(str(report.REPOSITORY / "evaluate.py"))
     args = flags.parse_evaluation_args(command[script + 1 :])
@@ -198,15 +222,16 @@ def test_the_hard_problems_are_sampled_as_training_samples(tmp_path):
 
 
 def test_directories_of_all_runs_differ(tmp_path):
-    comparison = compare.Comparison(tmp_path, steps=30, samples=4)
-    names = {comparison.directory(label, seed).name for label in compare.ARMS for seed in (0, 1)}
-    assert len(names) == 2 * len(compare.ARMS)
+    comparison = compare.Comparison(compare.TOY, tmp_path, steps=30, samples=4)
+    arms = comparison.task.arms
+    names = {comparison.directory(label, seed).name for label in arms for seed in (0, 1)}
+    assert len(names) == 2 * len(arms)
     assert "sft-then-grpo-seed0" in names
     assert "hpt-gamma-1_8-seed1" in names
 
 
 def test_the_problems_of_the_comparison(tmp_path):
-    compare.Comparison(tmp_path, steps=30, samples=4).write_problems()
+    compare.Comparison(compare.TOY, tmp_path, steps=30, samples=4).write_problems()
     hard = report.read_jsonl(tmp_path / "hard_held_out.jsonl")
     shipped = report.read_jsonl(report.REPOSITORY / "toy/held_out.jsonl")
     assert hard == [row for row in shipped if row["level"] in (5, 6)]
@@ -265,7 +290,7 @@ def test_parents_run_first_and_seed_0_of_the_main_arms_is_sampled(commands, tmp_
 
 
 def test_only_seed_0_of_a_main_arm_is_sampled_for_pass_at_k(commands, tmp_path):
-    compare.Comparison(tmp_path, steps=30, samples=4).run(("SFT", 1))
+    compare.Comparison(compare.TOY, tmp_path, steps=30, samples=4).run(("SFT", 1))
     assert names(commands) == ["sft-seed1"]
 
 
@@ -318,8 +343,8 @@ def test_a_tiny_comparison_with_the_real_programs(tmp_path):
     table = (tmp_path / "comparison.md").read_text()
     assert table in done.stdout + "\n"
     rows = cells(table)[0]
-    assert [row[0] for row in rows] == ["method", "base", "HPT, gamma 1/8"]
-    assert rows[2][5] == "256"  # 32 prompts x 8 rollouts
-    assert 15 < float(rows[1][3]) < 35  # the base's accuracy, 25%
+    assert [row[0] for row in rows] == ["from the base", "HPT, gamma 1/8"]
+    assert rows[1][-3] == "256"  # 32 prompts x 8 rollouts
+    assert 15 < float(rows[1][2]) < 35  # the base's accuracy, 25%
     config = json.loads((tmp_path / "hpt-gamma-1_8-seed0/config.json").read_text())
     assert config["flags"]["gamma"] == 1 / 8

@@ -63,7 +63,7 @@ class StandInVerifier:
     def __init__(self, grade):
         self.grade = grade
 
-    def score(self, texts, answers):
+    def score(self, texts, answers, each_done=None):
         return [self.grade(text, answer) for text, answer in zip(texts, answers, strict=True)]
 
     def __enter__(self):
@@ -284,7 +284,7 @@ def test_a_finished_evaluation_starts_no_engine(run_here, tmp_path, capsys):
 
 def test_timeouts_of_each_benchmark_stand_in_the_table(run_here, monkeypatch, tmp_path):
     class Slow(StandInVerifier):
-        def score(self, texts, answers):
+        def score(self, texts, answers, each_done=None):
             self.timeouts += 3 if len(texts) == 24 else 1
             return super().score(texts, answers)
 

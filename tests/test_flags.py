@@ -75,12 +75,13 @@ TRAINING_NUMBERS = {
         "--save-every",
         "--keep",
         "--max-skipped",
+        "--chord-steps",
     ],
     flags.SEED: ["--seed"],
     flags.POSITIVE: ["--rope-theta", "--temperature", "--tis-cap", "--lr", "--critic-lr"],
     flags.POSITIVE_OR_INF: ["--clip-eps", "--max-grad-norm", "--value-clip"],
     flags.POSITIVE_OR_0: ["--plan", "--sft-coef", "--entropy-coef", "--weight-decay"],
-    flags.SHARE: ["--gamma", "--gae-gamma", "--gae-lambda"],
+    flags.SHARE: ["--gamma", "--gae-gamma", "--gae-lambda", "--chord-mu"],
     flags.SHARE_ABOVE_0: ["--gpu-memory-utilization"],
 }
 EVALUATION_NUMBERS = {
@@ -196,6 +197,10 @@ def test_columns_are_keys_and_names():
         (["--eval-columns", "x=y"], "argument --eval-columns: must be KEY=COLUMN,..."),
         (["--critic", str(make.BASE)], "--critic is for --method ppo, not hpt"),
         (
+            ["--method", "chord", "--chord-mu", "0.9", "0.05"],
+            "--chord-mu 0.9 0.05 says that mu falls, but --chord-steps gives it no steps to fall",
+        ),
+        (
             ["--minibatches-per-step", "5", "--prompts-per-step", "4"],
             "--minibatches-per-step 5 needs at least as many --prompts-per-step, not 4",
         ),
@@ -213,6 +218,9 @@ def test_flags_of_training_that_just_go_together():
         train("--method", method, "--samples-per-prompt", "1")
     train("--method", "ppo", "--critic", str(make.BASE))
     train("--minibatches-per-step", "4", "--prompts-per-step", "4")
+    falling = ["--chord-mu", "0.9", "0.05"]
+    train("--method", "chord", *falling, "--chord-steps", "0", "1")
+    train("--method", "hpt", *falling)  # another method does not read them
 
 
 def test_without_out_the_directory_runs_must_be_writable(refuse, tmp_path, monkeypatch):
@@ -426,6 +434,7 @@ def test_the_defaults_are_the_run_of_the_paper():
     assert (args.weight_decay, args.max_grad_norm, args.warmup_steps) == (0.01, 1.0, 0)
     assert (args.method, args.gate, args.gamma, args.sft_coef) == ("hpt", "switch", 0.0, 0.05)
     assert (args.clip_eps, args.pi_old, args.entropy_coef) == (None, "trainer", 0.0)
+    assert (args.chord_mu, args.chord_steps) == ([0.1, 0.1], [0, 0])
 
 
 def test_the_flags_can_be_written_as_json():
@@ -476,7 +485,9 @@ def test_help_ends_in_the_default(parser, monkeypatch):
     lines = help_lines(parser, monkeypatch)
     for action in parser._actions:
         if action.default not in (None, [], False, flags.argparse.SUPPRESS, data.SYSTEM):
-            assert lines[action.option_strings[0]][-1].endswith(f"({action.default})")
+            several = isinstance(action.default, list)
+            default = " ".join(map(str, action.default)) if several else action.default
+            assert lines[action.option_strings[0]][-1].endswith(f"({default})")
 
 
 def test_a_recipe_through_torchrun():

@@ -6,6 +6,7 @@ import time
 import pytest
 
 import evaluate
+import reward
 from common import data, flags
 from toy import make
 
@@ -245,6 +246,26 @@ def hub(tmp_path, monkeypatch):
 def test_a_hub_data_set_by_configuration_and_split(hub, source, question):
     pytest.importorskip("datasets")
     assert data.load_problems(source)[0]["prompt"] == question
+
+
+def test_gsm8k_as_people_have_it(tmp_path, monkeypatch):
+    """`--data openai/gsm8k:main:train`, from a folder of that name with the hub's layout."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "openai/gsm8k"
+    (folder / "main").mkdir(parents=True)
+    write(folder / "main/train-00000.jsonl", GSM8K, {"question": "Q", "answer": WORKED})
+    pattern = "main/train-*"
+    lines = ["---", "configs:", "- config_name: main", "  data_files:", "  - split: train"]
+    (folder / "README.md").write_text("\n".join([*lines, f"    path: {pattern}", "---", ""]))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    args = flags.parse_training_args(["--model", "m", "--data", "openai/gsm8k:main:train"])
+    problems = data.load_problems(args.data, need_demonstration=True)
+    assert [problem["prompt"] for problem in problems] == ["How many clips?", "Q"]
+    for problem in problems:
+        assert problem["answer"] == "72"
+        assert reward.grade(problem["demonstration"], "72") == 1
+        assert reward.grade(problem["demonstration"], "73") == 0
 
 
 @pytest.mark.parametrize(

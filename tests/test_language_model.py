@@ -4,12 +4,12 @@ The model comes from a Python package (toy/smollm2.py), which .ci/run installs. 
 these tests are skipped, and .ci/run fails.
 """
 
-import itertools
 import json
 
 import pytest
 import torch
 from test_run import metrics, read, run, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toy import smollm2, word_problems
 
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"not installed: {', '.join(missing)}; toy/smollm2.py says how to install them",
 )
 RECIPE = f"@{word_problems.FOLDER.parent}/recipes/smollm2-135m-word-problems.args"
+LIMIT = 40  # tokens per response
 END = "<|im_end|>"  # with which the chat template of this model ends a message
 
 
@@ -31,12 +32,66 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    """Two steps of HPT, in which the model sees the same four easy problems; (files, output)."""
+def easy(tmp_path_factory):
+    """Eight problems of one operation, and a verifier for which half of all responses are right.
+
+    The base would get none right, and HPT would train on no rollout.
+    """
     folder = tmp_path_factory.mktemp("word problems")
-    train = read(word_problems.FOLDER / "word_problems_train.jsonl")
-    four = write_rows(folder / "four.jsonl", [row for row in train if row["level"] == "1"][:4])
-    flags = [RECIPE, "--model", base, "--data", four, "--eval-data", four, "--steps", 2]
-    flags += ["--prompts-per-step", 4, "--minibatches-per-step", 1, "--samples-per-prompt", 2]
-    flags += ["--warmup-steps", 0, "--eval-every", 0, "--gamma", 0.99]
-    return folder / "run", run("train_hpt.py", *flags, "--out", folder / "run", ranks=1)
+    rows = read(word_problems.FOLDER / "word_problems_train.jsonl")
+    write_rows(folder / "easy.jsonl", [row for row in rows if row["level"] == "1"][:8])
+    (folder / "even.py").write_text("def grade(response, answer): return len(response) % 2 == 0")
+    return folder / "easy.jsonl"
+
+
+@pytest.fixture(scope="module")
+def trained(base, easy):
+    """The directory of a run of two steps of HPT; each step has all of the problems."""
+    out = easy.parent / "run"
+    flags = [RECIPE, "--model", base, "--data", easy, "--eval-data", easy, "--eval-every", 0]
+    flags += ["--steps", 2, "--minibatches-per-step", 1, "--warmup-steps", 0, "--lr", 1e-4]
+    flags += ["--gamma", 0.25, "--reward", "even:grade", "--max-response-tokens", LIMIT]
+    run("train_hpt.py", *flags, "--out", out, ranks=1, folder=easy.parent)
+    return out
+
+
+def test_sampler_and_trainer_agree(trained):
+    divergences = [row["mismatch/kl"] for row in metrics(trained) if "mismatch/kl" in row]
+    assert divergences and max(divergences) < 1e-6
+    assert max(divergences) > 0  # both have computed something
+
+
+def test_both_parts_of_hpt_are_trained_and_the_loss_of_the_demonstrations_falls(trained):
+    _, first, second = metrics(trained)
+    assert 0 < first["hpt/sft_frac"] < 1 and 0 < second["hpt/sft_frac"] < 1
+    assert second["sft/nll"] < 0.8 * first["sft/nll"]
+
+
+def test_responses_end_where_the_chat_template_ends_a_message(trained):
+    _, first, second = metrics(trained)
+    assert first["response_length/clip_ratio"] > 0.5  # the base talks on
+    assert second["response_length/clip_ratio"] < first["response_length/clip_ratio"]
+    responses = [row["response"] for row in read(trained / "samples.jsonl")]
+    assert responses and not any(END in response for response in responses)
+
+
+def test_the_checkpoint_continues_text_in_transformers(trained):
+    tokenizer = AutoTokenizer.from_pretrained(trained / "final")
+    model = AutoModelForCausalLM.from_pretrained(trained / "final", dtype=torch.float32)
+    chat = [{"role": "user", "content": "Ben has 3 apples. Ben finds 4 more. How many apples?"}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = model.generate(**prompt, max_new_tokens=LIMIT, do_sample=False)[0]
+    response = tokenizer.decode(made[prompt["input_ids"].shape[1] :])
+    assert "\\boxed{" in response and response.endswith(END)
+
+
+def test_the_checkpoint_continues_text_in_vllm(trained, easy):
+    out = easy.parent / "evaluation"
+    flags = ["--model", trained / "final", "--data", easy, "--samples", 1, "--temperature", 0]
+    flags += ["--system-prompt", "Solve the problem.", "--max-response-tokens", LIMIT]
+    run("evaluate.py", *flags, "--out", out)
+    numbers = json.loads((out / "results.json").read_text())["results"]["easy"]
+    assert numbers["truncated"] == 0 and 10 < numbers["length/mean"] < LIMIT
+    assert numbers["avg@1"][0] > 0  # the base boxes nothing

@@ -21,6 +21,7 @@ FLOORS = {  # a module imports only from floors below its own; common/ has an or
     "evaluate": 3,
     "train_hpt": 4,
     "tools": 5,
+    "examples": 5,
 }
 
 

@@ -23,7 +23,7 @@ STEP = [
 TIMES = {"rollout": 2.0, "reward": 1.0, "train": 4.0}
 
 
-def measured(prompts=STEP, gated=True, counts=None, **changes):
+def measured(prompts=STEP, combine="gate", counts=None, **changes):
     counts = counts or Counts(
         tokens=6.0,
         filler_tokens=2.0,
@@ -34,7 +34,7 @@ def measured(prompts=STEP, gated=True, counts=None, **changes):
     )
     for name, value in changes.items():
         setattr(counts, name, value)
-    return step_metrics(7, prompts, gated, counts, TIMES, 1000)
+    return step_metrics(7, prompts, combine, counts, TIMES, 1000)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,18 @@ def test_if_all_updates_were_skipped_there_is_no_norm():
 
 
 def test_without_a_gate_there_is_no_gated_share():
-    assert "hpt/sft_frac" not in measured(gated=False)
+    assert "hpt/sft_frac" not in measured(combine=None)
+
+
+def test_a_schedule_logs_its_mu_and_no_gated_share():
+    metrics = measured([made_up_prompt((1.0, 0.0), 0.7, 0.3)], combine="schedule")
+    assert metrics["chord/mu"] == 0.3 and "hpt/sft_frac" not in metrics
+    assert "chord/mu" not in measured()  # negative control: a gate has none
 
 
 def test_without_rollouts_there_are_no_rewards():
     prompts = [made_up_prompt((), 0, 1)]
-    metrics = measured(prompts, gated=False)
+    metrics = measured(prompts, combine=None)
     assert metrics["hpt/offline_ratio"] == 1.0 and metrics["data/rollouts"] == 0
     assert not any(name.startswith(("reward/", "response", "policy/")) for name in metrics)
 

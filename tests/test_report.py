@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import numpy
 import pytest
 
-from common import curves, report
+from common import curves, flags, report
 from common.report import Score
+from common.step_table import StepTable
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -222,35 +223,26 @@ def test_a_markdown_table_is_aligned():
 
 def test_metrics_that_are_not_finite_are_null_in_the_file_and_visible_in_the_line(tmp_path, capsys):
     metrics = {"step": 12, "reward/mean": 0.25, "sft/nll": math.nan, "loss/rl": -math.inf}
-    report.log(tmp_path, metrics)
+    report.log(tmp_path, metrics, StepTable(60))
     assert (tmp_path / "metrics.jsonl").read_text() == (
         '{"step": 12, "reward/mean": 0.25, "sft/nll": null, "loss/rl": null}\n'
     )
-    assert capsys.readouterr().out == "step   12  reward 0.25  nll nan\n"
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.split()[:5] == ["12/60", "0.250", "-", "-", "nan"]
 
 
-def test_the_step_line_shows_three_digits_in_a_fixed_order(tmp_path, capsys):
-    report.log(tmp_path, {"step": 1, "eval/pass@1": 0.98765, "hpt/sft_frac": 0, "time/step": 123.4})
-    assert capsys.readouterr().out == "step    1  gated 0  sec 123  HELD-OUT ACCURACY 0.988\n"
-
-
-def test_a_step_with_nothing_to_train_on_says_so(tmp_path, capsys):
-    report.log(tmp_path, {"step": 3, "perf/train_tokens_per_sec": 0.0, "hpt/sft_frac": 1.0})
-    report.log(tmp_path, {"step": 4, "perf/train_tokens_per_sec": 9.0, "hpt/sft_frac": 1.0})
-    assert capsys.readouterr().out.splitlines() == [
-        "step    3  gated 1  nothing to train on",
-        "step    4  gated 1",
-    ]
-
-
-def test_a_metric_that_is_none_is_not_in_the_step_line(tmp_path, capsys):
-    report.log(tmp_path, {"step": 1, "optim/grad_norm": None})
-    assert capsys.readouterr().out == "step    1\n"
+def test_every_step_has_a_line_and_a_run_has_one_header(tmp_path, capsys):
+    table = StepTable(2)
+    for step in (0, 1, 2):
+        report.log(tmp_path, {"step": step}, table)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "0/2", "1/2", "2/2"]
+    assert len(report.read_jsonl(tmp_path / "metrics.jsonl")) == 3
 
 
 def test_other_ranks_log_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "rank", lambda: 1)
-    report.log(tmp_path, {"step": 1, "reward/mean": 0.5})
+    report.log(tmp_path, {"step": 1, "reward/mean": 0.5}, StepTable(1))
     report.log_samples(tmp_path, 1, [a_prompt()])
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
@@ -296,7 +288,7 @@ def test_samples_of_a_method_without_rollouts(tmp_path):
 
 
 def flags_of_a_run(**more):
-    flags = {
+    values = {
         "method": "hpt",
         "model": "models/base",
         "data": "train.jsonl",
@@ -308,8 +300,16 @@ def flags_of_a_run(**more):
         "seed": 0,
         "out": None,
         "resume": False,
+        "eval_data": "held_out.jsonl",
+        "eval_columns": None,
+        "columns": None,
+        "template": "chat",
+        "reward": "reward:grade",
+        "trust_remote_code": False,
+        "system_prompt": flags.SYSTEM,
+        "max_response_tokens": 8192,
     }
-    return SimpleNamespace(**(flags | more))
+    return SimpleNamespace(**(values | more))
 
 
 def print_a_plan(problems, held_out):
@@ -407,10 +407,10 @@ def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
 @pytest.fixture
 def finished_run(tmp_path):
     """A directory as six steps of training leave it, with evaluations at 0, 3 and 6."""
-    ratios = [0.5, 0.25, 0.0, 0.0, 0.0, 0.1]
+    rewards, gated = [0.0, 0.1, 0.2, 0.3, 0.5, 0.7], [1.0, 0.75, 0.5, 0.5, 0.25, 0.0]
     rows = [{"step": 0, "eval/pass@1": 0.3}]
-    for step, ratio in enumerate(ratios, 1):
-        rows.append({"step": step, "hpt/offline_ratio": ratio, "reward/mean": 0.5})
+    for step, (reward, share) in enumerate(zip(rewards, gated), 1):
+        rows.append({"step": step, "hpt/sft_frac": share, "reward/mean": reward})
     write_lines(tmp_path / "metrics.jsonl", rows)
     for step, correct in ((0, (4, 2, 0)), (3, (0, 0, 0)), (6, (4, 4, 2))):
         results = [result(c, level=level) for c, level in zip(correct, (1, 1, 2), strict=True)]
@@ -433,18 +433,64 @@ def test_the_closing_table_compares_the_first_and_the_last_evaluation(finished_r
     )
 
 
-def test_the_closing_table_averages_the_offline_ratio_of_five_steps(finished_run, capsys):
+def test_the_end_says_in_sentences_what_has_changed(finished_run, capsys):
     report.closing_table(finished_run, flags_of_a_run())
-    printed = capsys.readouterr().out
-    assert "mean of 5 steps: 0.150 at the start, 0.070 at the end\n" in printed
+    sentences = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert sentences == [
+        "Held-out accuracy rose from 50.0 +- 28.9 % to 83.3 +- 16.7 %.",
+        "From the first 3 steps to the last 3, the mean reward went from 0.100 to 0.500, "
+        "and the gated share from 0.750 to 0.250.",
+    ]
+
+
+def evaluations(before, after):
+    """Lines of held_out.jsonl; a number is how many of 4 samples are right."""
+    rows = [result(correct) | {"step": 0} for correct in before]
+    return rows + [result(correct) | {"step": 9} for correct in after]
+
+
+@pytest.mark.parametrize(
+    "before, after, verb",
+    [
+        ([0, 0, 4, 4], [1, 1, 4, 4], "did not clearly change: it went"),  # 1.7 of its errors
+        ([0, 0, 4, 3], [1, 1, 4, 4], "rose"),  # 3 of its errors, though less than either one's
+        ([1, 1, 4, 4], [0, 0, 4, 3], "fell"),
+        ([2, 3], [2, 3], "did not clearly change: it went"),
+        ([0], [4], "did not clearly change: it went"),  # one problem has no error
+    ],
+)
+def test_a_change_is_called_one_if_it_is_more_than_two_of_its_errors(before, after, verb):
+    sentence = report._accuracy_sentence(evaluations(before, after))
+    assert sentence.startswith(f"Held-out accuracy {verb} from ")
+
+
+@pytest.mark.parametrize("steps, words", [(1, None), (2, "From the first step to the last, ")])
+def test_a_short_run_has_a_first_and_a_last_step_or_no_trend(steps, words):
+    metrics = {"reward/mean": [(step, step / 4) for step in range(1, steps + 1)]}
+    found = report._trend_sentences(metrics)
+    assert found == ([f"{words}the mean reward went from 0.250 to 0.500."] if words else [])
+
+
+def test_the_trend_of_a_method_without_rollouts_is_its_loss():
+    metrics = {"sft/nll": [(step, 1 / step) for step in (1, 2, 4, 5)], "hpt/offline_ratio": []}
+    assert report._trend_sentences(metrics) == [
+        "From the first 2 steps to the last 2, "
+        "the loss per token of the demonstrations went from 0.750 to 0.225."
+    ]
 
 
 def test_the_closing_table_lists_the_files_that_exist(finished_run, capsys):
     report.closing_table(finished_run, flags_of_a_run())
-    listed = capsys.readouterr().out.split("at the end\n")[1].splitlines()
-    names = [line.split(":")[0].rsplit("/")[-1] for line in listed]
+    listed = capsys.readouterr().out.split(f"written to {finished_run}:\n")[1].split("\n\n")[0]
+    names = [line.split()[0] for line in listed.splitlines()]
     assert names == ["metrics.jsonl", "held_out.jsonl", "curves.png", "config.json"]
     assert (finished_run / "curves.png").read_bytes()[:8] == PNG
+
+
+def test_the_last_lines_are_commands(finished_run, capsys):
+    report.closing_table(finished_run, flags_of_a_run())
+    last = capsys.readouterr().out.split("next:\n")[1].splitlines()
+    assert 2 <= len(last) <= 3 and f"--model {finished_run / 'final'}" in last[0]
 
 
 def test_other_ranks_print_no_closing_table(finished_run, capsys, monkeypatch):
@@ -454,12 +500,12 @@ def test_other_ranks_print_no_closing_table(finished_run, capsys, monkeypatch):
     assert not (finished_run / "curves.png").exists()
 
 
-def test_a_run_without_held_out_problems_closes_with_its_offline_ratio(tmp_path, capsys):
+def test_a_run_without_held_out_problems_closes_with_its_files(tmp_path, capsys):
     write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "hpt/offline_ratio": 0.25}])
     report.closing_table(tmp_path, flags_of_a_run())
     printed = capsys.readouterr().out
-    assert printed.startswith("\noffline ratio, mean of 1 steps: 0.250 at the start, 0.250 at the")
-    assert "held-out" not in printed
+    assert printed.startswith(f"\nwritten to {tmp_path}:\n  metrics.jsonl ")
+    assert "held-out" not in printed and "Held-out" not in printed
 
 
 # ------------------------------------------------------------------------------------------- curves

@@ -101,7 +101,7 @@ class Verifier:
     def __exit__(self, *error):
         pass
 
-    def score(self, responses, answers):
+    def score(self, responses, answers, each_done=None):
         return [float(int(response) % 2) for response in responses]
 
 
@@ -531,6 +531,7 @@ CHANGES = [
     (["--prompts-per-step", "5"], "has --prompts-per-step 4, not 5"),
     (["--eval-data", "other.jsonl"], "has --eval-data made-up.jsonl, not other.jsonl"),
     (["--clip-eps", "inf"], "has --clip-eps None, not inf"),
+    (["--chord-mu", "0.2", "0.1"], "has --chord-mu [0.1, 0.1], not [0.2, 0.1]"),
 ]
 
 
@@ -549,6 +550,13 @@ def test_a_flag_that_would_change_the_run_is_named(straight, base, capsys, chang
 def test_a_flag_that_does_not_change_the_run_may_differ(straight, base):
     more = "--steps 9 --save-every 3 --keep 5 --max-skipped 2 --eval-every 1 --tensor-parallel 2"
     assert parse(base, straight, *more.split(), "--tokens-per-microbatch", "50").steps == 9
+
+
+def test_a_run_from_before_there_was_a_flag_goes_on(straight, base, tmp_path):
+    config = json.loads((straight / "config.json").read_text())
+    del config["flags"]["chord_mu"], config["flags"]["chord_steps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert parse(base, tmp_path).chord_mu == [0.1, 0.1]
 
 
 def test_where_there_is_no_run_to_go_on_with(base, tmp_path, capsys):

@@ -316,8 +316,10 @@ def test_a_thousand_long_responses_take_seconds():
     responses = [filler + boxed(f"\\frac{{{i}}}{{7}}") for i in range(1024)]
     with Verifier(workers=2) as v:
         started = time.monotonic()
-        scores = v.score(responses, [f"{i + i % 2}/7" for i in range(1024)])
-        assert scores == [1.0, 0.0] * 512
+        done = []
+        answers = [f"{i + i % 2}/7" for i in range(1024)]
+        scores = v.score(responses, answers, each_done=lambda: done.append(1))
+        assert scores == [1.0, 0.0] * 512 and len(done) == 1024
         assert time.monotonic() - started < 30  # two cores need about a second
 
 

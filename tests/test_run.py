@@ -11,17 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from terminals import run_on_terminal, screen, transient
 from test_machines import run_on_two_machines, two_machines
 
+from common import distributed
 from toy import make
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "toy/base"
 SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--eval-samples", 1]
+PHASES = ["imports", "model and data", "verifier", "sampler (vLLM)", "policy under FSDP"]
 
 
-def run(program, *flags, ranks=None, fails=False, folder=ROOT):
-    """Run a program as a user would, under torchrun if `ranks` says so; return what it prints."""
+def run(program, *flags, ranks=None, fails=False, folder=ROOT, errors=None):
+    """Run a program as a user would, under torchrun if `ranks` says so; return what it prints.
+
+    errors: a file that gets what it prints to standard error.
+    """
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -29,6 +35,8 @@ def run(program, *flags, ranks=None, fails=False, folder=ROOT):
     line = list(map(str, line))
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=400)
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-6000:]
+    if errors:
+        errors.write_text(done.stderr)
     return done.stderr if fails else done.stdout
 
 
@@ -63,7 +71,8 @@ def toy_run(tmp_path_factory, easy):
     """Three steps of HPT on the toy; (flags, directory, what was printed)."""
     out = tmp_path_factory.mktemp("toy") / "run"
     flags = [*SMALL, "--steps", 3, "--save-every", 2, "--eval-every", 2, "--eval-data", easy]
-    return flags, out, run("train_hpt.py", *flags, "--out", out, ranks=1)
+    errors = out.with_name("errors.txt")
+    return flags, out, run("train_hpt.py", *flags, "--out", out, ranks=1, errors=errors)
 
 
 # ------------------------------------------------------------------- what a run must show
@@ -101,11 +110,24 @@ def test_the_steps_have_different_problems_and_the_gate_follows_the_rewards(toy_
 
 def test_a_run_prints_its_plan_its_steps_and_its_table(toy_run):
     _, out, printed = toy_run
-    assert "the first problem, as the model sees it" in printed and "offline ratio" in printed
-    assert sum(line.startswith("step ") for line in printed.splitlines()) == 4
+    assert "the first problem, as the model sees it" in printed
+    words = [line.split() or [""] for line in printed.splitlines()]
+    numbers = [line[0] for line in words if line[0].endswith("/3")]
+    assert numbers == ["0/3", "1/3", "2/3", "3/3"]
+    assert [line[-1] for line in words].count("left") == 1  # one header
+    phases = [" ".join(line[:-2]) for line in words if line[-1] == "s"]
+    assert [phase for phase in phases if phase != "process group"] == PHASES  # it takes no time
+    assert "From the first step to the last, the mean reward went from" in printed
     table = printed.split("held-out accuracy")[1].split("\n\n")[0].splitlines()
     assert len(table) == 1 + 1 + 2 + 1  # title, head, two levels, all
-    assert str(out / "final") in printed
+    assert f"--model {out / 'final'}" in printed
+
+
+def test_a_file_gets_lines_of_text_and_nothing_of_other_libraries(toy_run):
+    """Nothing at all goes to standard error."""
+    _, out, printed = toy_run
+    assert distributed.printable(printed) == printed
+    assert out.with_name("errors.txt").read_text() == ""
 
 
 def test_a_run_writes_what_it_was_asked(toy_run):
@@ -162,10 +184,40 @@ def test_a_run_goes_on_by_itself_after_a_rank_was_killed(toy_run, tmp_path):
         assert (out / name).read_bytes() == (wanted / name).read_bytes()
 
 
-def test_another_seed_gives_other_rollouts(toy_run, tmp_path):
-    flags, out, _ = toy_run
-    run("train_hpt.py", *flags, "--steps", 1, "--seed", 1, "--out", tmp_path / "other")
-    assert metrics(tmp_path / "other")[1] != metrics(out)[1]
+@pytest.fixture(scope="module")
+def on_terminal(toy_run, tmp_path_factory):
+    """A step of the toy with another seed, on a terminal; (directory, all that was written)."""
+    flags, _, _ = toy_run
+    out = tmp_path_factory.mktemp("terminal") / "run"
+    command = [sys.executable, ROOT / "train_hpt.py", *flags]
+    status, written = run_on_terminal([*command, "--steps", 1, "--seed", 1, "--out", out])
+    assert status == 0, written
+    return out, written
+
+
+def test_another_seed_gives_other_rollouts(toy_run, on_terminal):
+    _, out, _ = toy_run
+    assert metrics(on_terminal[0])[1] != metrics(out)[1]
+
+
+def first_words(lines):
+    """The words that begin a line, but for the phase that a single process may do in no time."""
+    words = [line.split()[0] for line in lines if line]
+    return [word for word in words if word.isalpha() and word != "process"]
+
+
+def test_a_terminal_keeps_the_lines_that_a_file_gets(toy_run, on_terminal):
+    _, _, printed = toy_run
+    kept, wanted = first_words(screen(on_terminal[1])), first_words(printed.splitlines())
+    assert kept == [word for word in wanted if word != "From"]  # one step has no trend
+    assert [line.split()[0] for line in screen(on_terminal[1]) if "/1 " in line] == ["0/1", "1/1"]
+
+
+def test_a_terminal_shows_what_goes_on(on_terminal):
+    seen = "\n".join(transient(on_terminal[1]))
+    for part in ("imports  0:0", "model and data  0:0", "sampler (vLLM)  0:0"):
+        assert part in seen
+    assert "held-out problems" in seen and "step 1/1  " in seen and "/40  0:0" in seen
 
 
 def test_an_output_directory_is_never_overwritten(toy_run):
@@ -214,7 +266,10 @@ def one_rank(tmp_path_factory, easy):
 def test_two_ranks_sample_the_same_and_have_the_same_gradient(one_rank, easy, tmp_path, shared):
     """With an engine per rank, and sharded weights; with one engine for both, and replicas."""
     inputs = ["--data", easy, "--model", BASE, *TOY_SIZES]
-    run("train_hpt.py", *ONE_UPDATE, *inputs, *shared, "--out", tmp_path / "out", ranks=2)
+    out = tmp_path / "out"
+    printed = run("train_hpt.py", *ONE_UPDATE, *inputs, *shared, "--out", out, ranks=2)
+    for once in ("sampler (vLLM)  ", " 1/1 ", "next:", "HELD-OUT"):
+        assert printed.count(once) == (once != "HELD-OUT")
     got = metrics(tmp_path / "out")[0]
     assert 0 < got["reward/mean"] < 1 and got["mismatch/logp_max"] < 1e-4
     for name in ("reward/mean", "hpt/sft_frac", "response_length/mean"):
@@ -253,6 +308,16 @@ def test_luffy_has_one_demonstration_in_each_group(easy, tmp_path):
     rows = train("luffy", easy, tmp_path / "out")
     assert all(row["data/rollouts"] == 8 * 3 for row in rows)
     assert all(row["hpt/offline_ratio"] == pytest.approx(1 / 4) for row in rows)
+
+
+def test_chord_trains_on_rollouts_and_demonstrations_as_its_schedule_says(easy, tmp_path):
+    schedule = ["--chord-mu", 0.9, 0.1, "--chord-steps", 2, 1, "--steps", 2]
+    rows = train("chord", easy, tmp_path / "out", *schedule)
+    assert [row["chord/mu"] for row in rows] == pytest.approx([0.45, 0.9])
+    for row in rows:
+        assert row["data/rollouts"] == 8 * 4 and row["data/demo_tokens"] > 0
+        assert row["hpt/offline_ratio"] == pytest.approx(1 / 5) and row["optim/grad_norm"] > 0
+        assert "hpt/sft_frac" not in row
 
 
 def test_smooth_gate_probe_importance_weights_and_a_temperature_of_0_7(easy, tmp_path):

@@ -17,7 +17,7 @@ from common import distributed, flags
 from common.metrics import Counts
 from common.model import Network
 from rollout import Rollout
-from test_upge import spawn, tiny_lm
+from test_upge import NEEDS_ENTROPY, spawn, tiny_lm
 from toy import make
 from train_hpt import (
     Prompt,
@@ -36,7 +36,7 @@ from train_hpt import (
     update,
     warmed_up,
 )
-from upge import METHODS
+from upge import METHODS, TABLE
 
 # ---------------------------------------------------------------------------------- which problems
 
@@ -125,7 +125,7 @@ class RecordingVerifier:
     def __exit__(self, *error):
         pass
 
-    def score(self, responses, answers):
+    def score(self, responses, answers, each_done=None):
         self.timeouts += len(responses)
         return [float(r.endswith(a)) for r, a in zip(responses, answers, strict=True)]
 
@@ -214,8 +214,37 @@ def test_without_rollouts_nothing_is_graded():
 )
 def test_alpha_and_beta_of_each_prompt(method, gate, gamma, wanted):
     rewards = [[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
-    got = apply_gate(rewards, METHODS[method], arguments(gate=gate, gamma=gamma))
+    got = apply_gate(rewards, 1, METHODS[method], arguments(gate=gate, gamma=gamma))
     assert got[0] == pytest.approx(wanted[0]) and got[1] == pytest.approx(wanted[1])
+
+
+@pytest.mark.parametrize("step, mu", [(1, 0.45), (2, 0.9), (3, 0.5), (4, 0.1), (9, 0.1)])
+def test_chord_weighs_all_prompts_of_a_step_alike(step, mu):
+    """Two steps up to 0.9, two down to 0.1; the rewards do not matter."""
+    args = arguments(chord_mu=[0.9, 0.1], chord_steps=[2, 2])
+    alpha, beta = apply_gate([[1.0, 1.0], [0.0, 0.0]], step, METHODS["chord"], args)
+    assert alpha == pytest.approx([1 - mu] * 2) and beta == pytest.approx([mu] * 2)
+
+
+def test_chord_trains_every_prompt_on_both():
+    by_row = build_sequences(
+        [one_prompt(0.7, 0.3), one_prompt(0.7, 0.3)], METHODS["chord"], 0.05, 8
+    )
+    assert [s.weight for s in by_row["grpo"]] == pytest.approx(
+        [0.7 / 2 / 2 / n for n in (2, 3)] * 2
+    )
+    assert [s.weight for s in by_row["chord_demo"]] == pytest.approx([0.3 / 8] * 2)
+
+
+@pytest.mark.parametrize("mu, trained", [(0.0, "grpo"), (1.0, "chord_demo")])
+def test_chord_at_its_ends_trains_on_one_alone(mu, trained):
+    by_row = build_sequences([one_prompt(1 - mu, mu)], METHODS["chord"], 0.05, 8)
+    assert {row for row, sequences in by_row.items() if sequences} == {trained}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_entropies_are_computed_for_the_rows_that_use_them(name):
+    assert TABLE[name].needs_entropy == (name in NEEDS_ENTROPY)
 
 
 # ------------------------------------------------------------------ sequences and micro-batches

@@ -634,7 +634,7 @@ def training_step(run: Run, verifier, step: int) -> dict:
     lap(clock, "rollout")
     rewards, demo_rewards = train_hpt.grade(verifier, problems, rollouts, method, counts)
     lap(clock, "reward")
-    alpha, beta = train_hpt.apply_gate(rewards, method, args)
+    alpha, beta = train_hpt.apply_gate(rewards, step, method, args)
     fields = (problems, rollouts, rewards, demo_rewards, alpha, beta)
     prompts = list(map(train_hpt.Prompt, *fields))
     chunks = train_hpt.split_prompts(prompts, args.minibatches_per_step, args.seed, step)

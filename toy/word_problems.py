@@ -24,8 +24,8 @@ FOLDER = Path(__file__).resolve().parent
 # level: (operations, digits of each given number)
 LEVELS = {1: (1, 1), 2: (2, 1), 3: (1, 2), 4: (2, 2), 5: (2, 3), 6: (4, 2)}
 # Training problems per level. One operation on one-digit numbers gives few different problems.
-TRAIN = {1: 60, 2: 260, 3: 260, 4: 240, 5: 200, 6: 180}
-HELD_OUT = 16  # held-out problems per level and set of wordings
+TRAIN = {1: 80, 2: 320, 3: 320, 4: 240, 5: 120, 6: 120}
+HELD_OUT = 12  # held-out problems per level and set of wordings
 
 
 @dataclasses.dataclass(frozen=True)
