@@ -417,7 +417,8 @@ def cut_logs(out: Path, last_step: int) -> None:
 def begin_copies(out: Path, args) -> None:
     """Open on rank 0 the copies of metrics.jsonl that --tensorboard and --wandb ask for."""
     if rank() == 0:
-        loggers.begin(out, vars(args))
+        with terminal.progress("opening the copies of metrics.jsonl"):
+            loggers.begin(out, vars(args))
 
 
 def print_plan(
@@ -594,7 +595,8 @@ def closing_table(out: Path, args) -> None:
         if (out / name).exists():
             say(f"  {name:<15}{what}")
     say("\n".join(["\nnext:", *(f"  {line}" for line in next_commands(out, args, sys.argv[1:]))]))
-    loggers.close()
+    with terminal.progress("closing the copies of metrics.jsonl"):
+        loggers.close()
 
 
 def _before_and_after(rows, temperature):
