@@ -285,7 +285,7 @@ def write_report(comparison: Comparison, seeds: int) -> str:
     for label in task.arms:
         for seed in range(seeds):
             folder = comparison.directory(label, seed)
-            if (folder / "final").exists():
+            if is_measured(folder, comparison.steps_of(label)):
                 runs.setdefault(label, []).append(read_run(folder, seed))
     if not runs:
         raise SystemExit(f"error: no finished run in {comparison.folder}")
@@ -313,6 +313,12 @@ def write_report(comparison: Comparison, seeds: int) -> str:
     text = "\n\n".join("\n".join(lines) for lines in blocks)
     (comparison.folder / "comparison.md").write_text(text + "\n")
     return text
+
+
+def is_measured(folder: Path, steps: int) -> bool:
+    """Tell whether a run has been evaluated after its last step. Its model need not be there."""
+    path = folder / "held_out.jsonl"
+    return path.exists() and report.read_jsonl(path)[-1]["step"] == steps
 
 
 def titles(task: Task) -> list[str]:
