@@ -437,7 +437,7 @@ def test_the_end_says_in_sentences_what_has_changed(finished_run, capsys):
     report.closing_table(finished_run, flags_of_a_run())
     sentences = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert sentences == [
-        "Held-out accuracy rose from 50.0 +- 28.9 % to 83.3 +- 16.7 %.",
+        "Held-out accuracy did not clearly change: it went from 50.0 +- 28.9 % to 83.3 +- 16.7 %.",
         "From the first 3 steps to the last 3, the mean reward went from 0.100 to 0.500, "
         "and the gated share from 0.750 to 0.250.",
     ]
@@ -532,18 +532,25 @@ def test_metrics_are_read_as_points_and_null_is_left_out(tmp_path):
     assert report.read_metrics(tmp_path) == {"step": [(1, 1), (2, 2)], "x": [(1, 0.5)]}
 
 
-def test_the_mean_of_runs_is_over_those_that_have_the_step(tmp_path):
-    for name, values in (("a", (1.0, 2.0)), ("b", (3.0,))):
-        (tmp_path / name).mkdir()
-        rows = [{"step": step, "x": value} for step, value in enumerate(values)]
-        write_lines(tmp_path / name / "metrics.jsonl", rows)
-    assert report.mean_metrics([tmp_path / "a", tmp_path / "b"])["x"] == [(0, 2.0), (1, 2.0)]
+def test_a_line_is_the_mean_over_seeds_and_a_band_reaches_from_the_lowest_to_the_highest():
+    from matplotlib import pyplot
+
+    _, axis = pyplot.subplots()
+    runs = {"one": [{"x": [(1, 5.0)]}], "two": [{"x": [(1, 1.0), (2, 2.0)]}, {"x": [(1, 3.0)]}]}
+    curves._draw_panel(axis, "x", "title", runs)
+    one, two = axis.lines
+    assert list(one.get_ydata()) == [5.0] and list(two.get_ydata()) == [2.0, 2.0]
+    assert one.get_color() != two.get_color()
+    [band] = axis.collections  # a single run has none
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (1.0, 3.0)
+    pyplot.close("all")
 
 
 def test_curves_are_drawn_for_the_metrics_that_a_run_has(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(curves, "_draw_panel", lambda axis, name, *rest: drawn.append(name))
-    runs = {"a": {"reward/mean": [(1, 0.5)]}, "b": {"sft/nll": [(1, 2.0)], "step": [(1, 1)]}}
+    runs = {"a": [{"reward/mean": [(1, 0.5)]}], "b": [{"sft/nll": [(1, 2.0)], "step": [(1, 1)]}]}
     curves.plot(runs, tmp_path / "a.png")
     assert drawn == ["reward/mean", "sft/nll"]
     assert (tmp_path / "a.png").read_bytes()[:8] == PNG
@@ -551,7 +558,7 @@ def test_curves_are_drawn_for_the_metrics_that_a_run_has(tmp_path, monkeypatch):
 
 def test_a_figure_that_cannot_be_written(tmp_path):
     with pytest.raises(SystemExit, match=r"--out .*a.xyz cannot be written"):
-        curves.plot({"a": {"reward/mean": [(1, 0.5)]}}, tmp_path / "a.xyz")
+        curves.plot({"a": [{"reward/mean": [(1, 0.5)]}]}, tmp_path / "a.xyz")
 
 
 def test_runs_with_the_same_name_are_labelled_by_their_paths():
