@@ -13,6 +13,7 @@ that stay, without colour. Nothing slow is imported here.
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -46,6 +47,8 @@ def quiet_libraries() -> None:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    # vLLM reads its variable when an engine starts; until then this holds.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     if not sys.warnoptions:
         modules = "|".join(QUIET_MODULES.split())
         warnings.filterwarnings("ignore", module=rf"({modules})(\.|$)")
