@@ -87,11 +87,11 @@ def test_the_main_table_by_hand(comparison):
     table = cells(compare.write_report(comparison, seeds=3))[0]
     rows = {row[0]: row[1:] for row in table[1:]}
     assert list(rows) == ["SFT", "GRPO", "SFT -> GRPO", "HPT"]
-    base, costs = "33.3 ± 0.0", ["", "0.00", "0", "200", "4"]
+    base, costs = "33.3 ± 0.0", ["0.00", "0", "200", "4"]  # no step has a gated share
     assert rows["SFT"] == ["3", base, "41.7 ± 0.0", "66.7 ± 0.0", "50.0 ± 0.0", *costs]
-    costs = ["", "0.00", "20", "0", "12"]
+    costs = ["0.00", "20", "0", "12"]
     assert rows["GRPO"] == ["2", base, "33.3 ± 0.0", "58.3 ± 0.0", "37.5 ± 0.0", *costs]
-    costs = ["", "0.00", "20", "15", "10"]
+    costs = ["0.00", "20", "15", "10"]
     assert rows["HPT"] == ["2", base, "58.3 ± 11.8", "83.3 ± 23.6", "100.0 ± 0.0", *costs]
 
 
@@ -111,8 +111,8 @@ def test_longer_sums_have_a_table_of_their_own(comparison):
     costs = ["0", "0", "2"]
     none = "0.0 ± 0.0"
     assert table[1:] == [
-        ["GRPO, longer sums", "1", "0.0", "", "0.0", "0.0", "", "0.00", *costs],
-        ["HPT, longer sums", "2", none, "", "50.0 ± 0.0", "50.0 ± 0.0", "0.65", "0.35", *costs],
+        ["GRPO, longer sums", "1", "0.0", "0.0", "0.0", "", "0.00", *costs],
+        ["HPT, longer sums", "2", none, "50.0 ± 0.0", "50.0 ± 0.0", "0.65", "0.35", *costs],
     ]
 
 

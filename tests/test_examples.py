@@ -126,8 +126,8 @@ def trl_loss():
 
 
 def made_up_reward(completions, **_):
-    """Something that differs within a group."""
-    return [float(len(text) % 3 == 0) for text in completions]
+    """Something that differs within a group, whatever the model has written."""
+    return [float(i % 3 == 0) for i in range(len(completions))]
 
 
 def trl_trainer(trl_loss, folder, row, **settings):

@@ -285,7 +285,7 @@ def write_report(comparison: Comparison, seeds: int) -> str:
     for label in task.arms:
         for seed in range(seeds):
             folder = comparison.directory(label, seed)
-            if (folder / "final").exists():
+            if is_measured(folder, comparison.steps_of(label)):
                 runs.setdefault(label, []).append(read_run(folder, seed))
     if not runs:
         raise SystemExit(f"error: no finished run in {comparison.folder}")
@@ -313,6 +313,12 @@ def write_report(comparison: Comparison, seeds: int) -> str:
     text = "\n\n".join("\n".join(lines) for lines in blocks)
     (comparison.folder / "comparison.md").write_text(text + "\n")
     return text
+
+
+def is_measured(folder: Path, steps: int) -> bool:
+    """Tell whether a run has been evaluated after its last step. Its model need not be there."""
+    path = folder / "held_out.jsonl"
+    return path.exists() and report.read_jsonl(path)[-1]["step"] == steps
 
 
 def titles(task: Task) -> list[str]:
@@ -355,7 +361,13 @@ def main_table(task: Task, title: str, labels: list[str], runs: dict) -> list[li
         row.append(f"{statistics.fmean(costs(finished, parents, 'data/demo_tokens')):,.0f}")
         row.append(f"{statistics.median(costs(finished, parents, 'time/step')):.0f}")
         rows.append(row)
-    return rows
+    return without_empty_columns(rows)
+
+
+def without_empty_columns(rows: list[list]) -> list[list]:
+    """Leave out the columns that hold nothing below their title."""
+    filled = [any(row[i] != "" for row in rows[1:]) for i in range(len(rows[0]))]
+    return [[cell for cell, is_filled in zip(row, filled) if is_filled] for row in rows]
 
 
 def at_the_end(finished: list[FinishedRun], metric: str) -> str:
