@@ -470,7 +470,7 @@ def test_ranks_of_one_engine_record_and_count_once(monkeypatch):
         monkeypatch.setattr(evaluate.distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(evaluate.distributed, "total_over_ranks", lambda counts: counts)
         verifier = StandInVerifier(lambda text, answer: 0.0)
-        verifier.score = lambda texts, answers, v=verifier: _time_out(v, texts)
+        verifier.score = lambda texts, answers, v=verifier, **_: _time_out(v, texts)
         sampler = StandInSampler()
         sampler.tensor_parallel = 2
         lines = SimpleNamespace(write=lambda line, rank=rank: recording.append(rank))
