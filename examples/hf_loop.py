@@ -1,6 +1,6 @@
 """HPT in a plain Hugging Face loop: transformers, torch and upge.py, nothing else.
 
-    python -m examples.hf_loop      the toy's sums on a CPU, in under a minute
+    python -m examples.hf_loop      the toy's sums on a CPU, in two to four minutes
 
 A page to begin your own trainer from: copy it and upge.py into one folder, name your MODEL and
 DATA, and write your own `reward`. It takes the steps of Algorithm 1 of arXiv 2509.04419, as
