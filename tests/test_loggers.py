@@ -15,6 +15,7 @@ import pytest
 from test_resume import base, run, wait_for  # noqa: F401 (fixtures)
 
 from common import flags, loggers, report
+from common.step_table import StepTable
 
 ROWS = [
     {"step": 0, "eval/avg@2": 0.25},
@@ -114,7 +115,7 @@ def in_tensorboard(out):
 def test_both_have_the_names_and_values_of_metrics_jsonl(packages, tmp_path):
     loggers.begin(tmp_path, BOTH)
     for row in ROWS:
-        report.log(tmp_path, row)
+        report.log(tmp_path, row, StepTable(9))
     loggers.close()
     wanted = with_values(rows_of(tmp_path / "metrics.jsonl"))
     assert in_tensorboard(tmp_path) == rows_of(tmp_path / "server.jsonl") == wanted
@@ -123,20 +124,20 @@ def test_both_have_the_names_and_values_of_metrics_jsonl(packages, tmp_path):
 
 def test_a_number_that_is_not_finite_is_left_out(packages, tmp_path):
     loggers.begin(tmp_path, BOTH)
-    report.log(tmp_path, {"step": 1, "reward/mean": 0.5, "loss/rl": float("nan")})
+    report.log(tmp_path, {"step": 1, "reward/mean": 0.5, "loss/rl": float("nan")}, StepTable(9))
     assert in_tensorboard(tmp_path) == [{"step": 1, "reward/mean": 0.5}]
 
 
 def test_without_the_flags_nothing_is_written(packages, tmp_path):
     loggers.begin(tmp_path, BOTH | {"tensorboard": False, "wandb": None})
-    report.log(tmp_path, ROWS[0])
+    report.log(tmp_path, ROWS[0], StepTable(9))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_other_ranks_copy_nothing(packages, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "rank", lambda: 1)
     report.begin_copies(tmp_path, SimpleNamespace(**BOTH))
-    report.log(tmp_path, ROWS[0])
+    report.log(tmp_path, ROWS[0], StepTable(9))
     assert not list(tmp_path.iterdir())
 
 
@@ -152,7 +153,7 @@ def test_the_run_of_wandb_has_the_name_of_the_directory(packages, tmp_path):
 def test_a_copy_that_begins_late_has_the_lines_from_before(packages, tmp_path):
     write(tmp_path, ROWS[:2])
     loggers.begin(tmp_path, BOTH)
-    report.log(tmp_path, ROWS[2])
+    report.log(tmp_path, ROWS[2], StepTable(9))
     assert in_tensorboard(tmp_path) == rows_of(tmp_path / "server.jsonl") == with_values(ROWS)
 
 
@@ -160,13 +161,13 @@ def test_a_resumed_run_has_each_step_once(packages, tmp_path):
     """It died after step 2, and goes on after step 1, which is the newest checkpoint's."""
     loggers.begin(tmp_path, BOTH)
     for row in ROWS:
-        report.log(tmp_path, row)
+        report.log(tmp_path, row, StepTable(9))
     loggers.close(exit_status=1)
     report.cut_logs(tmp_path, 1)
     loggers.begin(tmp_path, BOTH)
     assert loggers._open[1].run.id == "made up"  # the same run of wandb
     for row in (ROWS[2], {"step": 3, "reward/mean": 1.0}):
-        report.log(tmp_path, row)
+        report.log(tmp_path, row, StepTable(9))
     wanted = with_values(rows_of(tmp_path / "metrics.jsonl"))
     assert [row["step"] for row in wanted] == [0, 1, 2, 3]
     assert in_tensorboard(tmp_path) == rows_of(tmp_path / "server.jsonl") == wanted
@@ -201,7 +202,7 @@ def test_a_package_that_fails_is_one_warning(packages, tmp_path, monkeypatch, ca
     monkeypatch.setattr(packages["wandb"] if part == "init" else Run, part, fail)
     loggers.begin(tmp_path, BOTH)
     for row in ROWS:
-        report.log(tmp_path, row)
+        report.log(tmp_path, row, StepTable(9))
     loggers.close()
     loggers.close()
     assert capsys.readouterr().err == SENTENCE
@@ -211,7 +212,7 @@ def test_a_package_that_fails_is_one_warning(packages, tmp_path, monkeypatch, ca
 
 def test_a_package_that_works_gives_no_warning(packages, tmp_path, capsys):
     loggers.begin(tmp_path, BOTH)
-    report.log(tmp_path, ROWS[0])
+    report.log(tmp_path, ROWS[0], StepTable(9))
     loggers.close()
     assert capsys.readouterr().err == ""
 
@@ -223,7 +224,7 @@ def test_an_interruption_is_not_swallowed(packages, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "log", interrupt)
     loggers.begin(tmp_path, BOTH)
     with pytest.raises(KeyboardInterrupt):
-        report.log(tmp_path, ROWS[0])
+        report.log(tmp_path, ROWS[0], StepTable(9))
 
 
 @pytest.mark.parametrize("fails", [False, True])
