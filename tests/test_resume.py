@@ -457,7 +457,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_the_other_way_round(
         got, wanted = (load_file(folder / "final" / name) for folder in (out, blind_run))
         for key in wanted:
             if "k_proj.bias" not in key:  # its gradient is 0 but for rounding
-                assert torch.allclose(got[key], wanted[key], atol=1e-5), key
+                # AdamW divides small gradients by small moments, and their rounding with them. Lost
+                # moments would move weights by about the learning rate, 2.5e-4.
+                assert torch.allclose(got[key], wanted[key], atol=5e-5), key
 
 
 def blind(args):
