@@ -107,7 +107,7 @@ WORD_PROBLEMS = Task(
     },
     hard=lambda level: level in ("4", "5", "6"),
     samples=16,
-    sampled=("SFT", "HPT", "GRPO, warm", "HPT, warm"),
+    sampled=("SFT", "SFT -> GRPO", "HPT", "GRPO, warm, lr 1e-5", "HPT, warm"),
     arms={
         "SFT": Arm("sft"),
         "GRPO": Arm("grpo"),
