@@ -199,7 +199,7 @@ class Measurement:
                 "prompt": problem["prompt"],
                 "level": problem.get("level"),
                 "samples": self.samples,
-                "correct": sum(reward == 1.0 for reward in group_rewards),
+                "correct": group_rewards.count(1.0),
                 "lengths": [response["tokens"] for response in group],
                 "truncated": sum(response["truncated"] for response in group),
             }
@@ -352,7 +352,7 @@ def evaluation_directory(args, settings: dict):
             check_settings(file, out, settings)
         message = [out]
         dist.broadcast_object_list(message)
-        # A rank on another machine makes the directory there.
+        # A rank on another machine makes the directory there, if the file system is not shared.
         yield report.make_directory(message[0], exist_ok=True)
 
 
@@ -478,8 +478,8 @@ def measure_test_set(
     New responses are appended to `file`. Ranks that share an engine hold the same responses: only
     the first of them records and counts.
     """
-    counts = sampler is None or distributed.rank() % sampler.tensor_parallel == 0
-    record = functools.partial(write_generation, file, test.name) if counts else None
+    is_first = sampler is None or distributed.rank() % sampler.tensor_parallel == 0
+    record = functools.partial(write_generation, file, test.name) if is_first else None
     timeouts_before = verifier.timeouts
     results = measure(
         sampler,
@@ -491,7 +491,7 @@ def measure_test_set(
         recorded=recorded,
         record=record,
     )
-    timeouts = verifier.timeouts - timeouts_before if counts else 0
+    timeouts = verifier.timeouts - timeouts_before if is_first else 0
     return results, distributed.total_over_ranks({"timeouts": timeouts})["timeouts"]
 
 
@@ -542,11 +542,10 @@ def compare(path_a: str, path_b: str, out: str | None = None) -> None:
     lines += report.markdown_table(comparison_rows(numbers))
     text = "\n".join(lines)
     (out / "comparison.md").write_text(text + "\n")
-    files = "comparison.md, comparison.json"
-    if pass_curves:
+    files = ["comparison.md", "comparison.json", *(["pass.png"] if pass_curves else [])]
+    terminal.say(f"{text}\n\n{out}: {', '.join(files)}")
+    if pass_curves:  # last, since matplotlib may be missing
         curves.pass_at_k(pass_curves, out / "pass.png")
-        files += ", pass.png"
-    terminal.say(f"{text}\n\n{out}: {files}")
 
 
 def read_evaluation(path: str) -> Evaluation:
@@ -568,6 +567,9 @@ def read_evaluation(path: str) -> Evaluation:
     rows = report.read_jsonl(folder / file)
     if not rows:
         raise SystemExit(f"error: --compare {path}: {file} is empty")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"prompt", "level", "samples", "correct"} <= row.keys():
+            raise SystemExit(f"error: --compare {folder / file}:{number}: no result of a problem")
     last_step = rows[-1].get("step")
     results = {}
     for row in rows:
@@ -575,7 +577,12 @@ def read_evaluation(path: str) -> Evaluation:
             results.setdefault(row.get("benchmark", "held out"), []).append(row)
     settings = {}
     if (folder / settings_file).is_file():
-        settings = json.loads((folder / settings_file).read_text())[key]
+        try:
+            settings = json.loads((folder / settings_file).read_text())[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f"error: --compare {folder / settings_file}: broken, or of another program: {error}"
+            ) from error
     return Evaluation(path, results, settings | {"step": last_step})
 
 

@@ -441,6 +441,13 @@ def test_gate_at_its_bound_takes_the_demonstration():
     assert (at_bound.item(), above.item()) == (1, 0)
 
 
+def test_gate_compares_the_mean_of_rewards_between_0_and_1():
+    """A prompt whose P is between two counts: 1.1 of 4 is below 0.3, 1.3 of 4 is above."""
+    sums = torch.tensor([1.1, 0.3 + 0.3 + 0.6, 1.3])  # float32, as train_hpt.py has them
+    _, beta = hpt_gate(sums, 4, 0.3)
+    assert beta.tolist() == [1, 1, 0]
+
+
 def test_smooth_gate():
     alpha, beta = smooth_gate(torch.tensor([0, 2, 8]), 8)
     assert alpha.tolist() == [0, 0.25, 1] and beta.tolist() == [1, 0.75, 0]
@@ -1217,6 +1224,19 @@ def test_flat_rewards_are_an_error(name):
     with pytest.raises(ValueError, match=r"rewards must be \(N, G\), one row per prompt"):
         TABLE[name].advantage(torch.tensor([1.0, 0.0, 1.0]))
     assert TABLE[name].advantage(torch.tensor([[1.0, 0.0, 1.0]])).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_rewards_of_whole_numbers_are_an_error(name):
+    """torch takes no mean of them."""
+    with pytest.raises(ValueError, match=r"rewards must be of a floating-point type, not torch.i"):
+        TABLE[name].advantage(torch.tensor([[1, 0, 1]]))
+
+
+def test_a_mask_of_numbers_is_an_error(batch):
+    """Tokenizers give masks of 0 and 1."""
+    with pytest.raises(ValueError, match=r"valid must be a bool tensor, not torch.int64"):
+        call("grpo", batch, valid=batch[2].long())
 
 
 @pytest.mark.parametrize("eps", [0, 0.0, (0.0, 0.0)])

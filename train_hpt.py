@@ -81,17 +81,17 @@ def main(args) -> None:
             prompts = list(map(Prompt, problems, rollouts, rewards, demo_rewards, alpha, beta))
 
             # 4. Deal the prompts into mini-batches; build the micro-batches of this rank.
+            parts = split_prompts(prompts, args.minibatches_per_step, args.seed, step)
             minibatches, can_pack = [], policy.can_pack
-            chunks = split_prompts(prompts, args.minibatches_per_step, args.seed, step)
-            for chunk in chunks:
-                built = build_micro_batches(chunk, method, args, device, counts, can_pack)
+            for part in parts:
+                built = build_micro_batches(part, method, args, device, counts, can_pack)
                 minibatches.append(built)
 
             # 5. Compute what depends on the weights before the first update; then update.
             if critic:
                 value_pass(critic, minibatches, args, counts)
             old_policy_pass(policy, minibatches[1:], args, counts)
-            probed = probe_gradients(policy, chunks[0], minibatches[0], step, args)
+            probed = probe_gradients(policy, parts[0], minibatches[0], step, args)
             for i, micro_batches in enumerate(minibatches):
                 updates_before = (step - 1) * args.minibatches_per_step + i
                 update(policy, critic, micro_batches, updates_before, args, counts)
@@ -371,11 +371,11 @@ class MicroBatch:
     seq: Tensor  # (1, M) int64, which sequence a token belongs to, 0 .. B-1
     advantage: Tensor  # (1, M)
     weight: Tensor  # (1, M)
-    # These are (1, M), and None for demonstrations. `collate` sets sampler_logp, part 5 the others:
-    # the old policy's log-probabilities, and PPO's value_pass, which replaces the advantage, too.
-    sampler_logp: Tensor | None = None
-    old_logp: Tensor | None = None  # log pi_old
-    value: Tensor | None = None  # of PPO's critic, before the update
+    # These are (1, M), and None for demonstrations.
+    sampler_logp: Tensor | None = None  # log-probabilities as the sampler reported them
+    old_logp: Tensor | None = None  # log pi_old; `old_policy_pass` or `accumulate_gradient` sets it
+    # `value_pass` of PPO sets these two, and replaces the advantage by GAE.
+    value: Tensor | None = None  # of the critic, before the update
     returns: Tensor | None = None  # what the critic fits
 
     @property
@@ -389,27 +389,25 @@ class MicroBatch:
         return TABLE[self.row].data == "rollout"
 
     def only(self, q: int | None) -> "MicroBatch":
-        """The part of it that belongs to prompt q, for the probe; a filler if there is none."""
+        """The part that belongs to prompt q, for the probe; a filler if q is None or not there."""
         kept = [i for i, index in enumerate(self.prompt_indices) if index == q]
         if not kept:
             return collate(self.row, [], self.ids.device)
-        kept_ids = torch.tensor([i in kept for i in range(len(self.lengths))])  # (B,)
-        kept_ids = kept_ids.repeat_interleave(torch.tensor(self.lengths)).to(
-            self.ids.device
-        )  # (T,)
-        kept_tokens = kept_ids[self.response_mask[0]]  # (M,)
+        is_kept = torch.tensor([i in kept for i in range(len(self.lengths))])  # (B,)
+        keep = repeat_per_token(is_kept, self.lengths, self.ids.device)[0]  # (T,)
+        keep_response = keep[self.response_mask[0]]  # (M,)
         packed = ("advantage", "weight", "sampler_logp", "old_logp", "value", "returns")
         cut = {name: getattr(self, name) for name in packed}
         lengths = [self.response_lengths[i] for i in kept]
         return dataclasses.replace(
             self,
-            ids=self.ids[:, kept_ids],
-            response_mask=self.response_mask[:, kept_ids],
+            ids=self.ids[:, keep],
+            response_mask=self.response_mask[:, keep],
             prompt_indices=[q] * len(kept),
             lengths=[self.lengths[i] for i in kept],
             response_lengths=lengths,
             seq=repeat_per_token(torch.arange(len(kept)), lengths, self.ids.device),
-            **{name: x if x is None else x[:, kept_tokens] for name, x in cut.items()},
+            **{name: x if x is None else x[:, keep_response] for name, x in cut.items()},
         )
 
 
@@ -441,12 +439,12 @@ def collate(row: str, sequences: list[Sequence], device) -> MicroBatch:
 
 
 def repeat_per_token(values: Tensor, lengths: list[int], device) -> Tensor:
-    """(1, M): each of the B values, repeated for the tokens of its sequence."""
+    """(1, sum of lengths): each of the B values, repeated for the tokens of its sequence."""
     return values.repeat_interleave(torch.tensor(lengths))[None].to(device)
 
 
 def build_micro_batches(
-    chunk: list[Prompt], method: Method, args, device, counts, can_pack: bool = True
+    prompts: list[Prompt], method: Method, args, device, counts, can_pack: bool = True
 ) -> list[MicroBatch]:
     """This rank's micro-batches of a mini-batch of prompts, row by row.
 
@@ -455,7 +453,7 @@ def build_micro_batches(
 
     can_pack: as model.Network has it. Else each sequence is a micro-batch of its own.
     """
-    by_row = build_sequences(chunk, method, args.sft_coef, args.max_response_tokens)
+    by_row = build_sequences(prompts, method, args.sft_coef, args.max_response_tokens)
     budget = args.tokens_per_microbatch if can_pack else 1
     micro_batches = []
     for row, sequences in by_row.items():
@@ -474,15 +472,15 @@ def build_micro_batches(
 @torch.no_grad()
 def value_pass(critic, minibatches: list[list[MicroBatch]], args, counts) -> None:
     """PPO: the critic's values before the first update, the returns, and the whitened GAE."""
-    rollouts = [m for micro_batches in minibatches for m in micro_batches]
-    for m in terminal.each("values", rollouts):
+    rollout_batches = [m for micro_batches in minibatches for m in micro_batches]
+    for m in terminal.each("values", rollout_batches):
         value = critic(m.ids, m.response_mask, m.lengths)[None]  # (1, M)
         if m.is_filler:  # it ran all the same: FSDP's ranks call the model equally often
             continue
         m.advantage = packed_gae(m, value, args.gae_gamma, args.gae_lambda)
         m.value, m.returns = value, m.advantage + value
         counts.add_returns(m.returns)
-    counts.advantage_variance = whiten(rollouts)
+    counts.advantage_variance = whiten(rollout_batches)
 
 
 @torch.no_grad()
@@ -492,11 +490,11 @@ def old_policy_pass(policy, later: list[list[MicroBatch]], args, counts) -> None
     The first mini-batch needs no such pass: its own forward pass gives the same. Nor does a row
     without pi_old, unless --pi-old tis weighs its advantages, or one whose pi_old is the sampler's.
     """
-    rollouts = [m for micro_batches in later for m in micro_batches if m.is_rollouts]
-    for m in terminal.each("pi_old", rollouts):
+    rollout_batches = [m for micro_batches in later for m in micro_batches if m.is_rollouts]
+    for m in terminal.each("pi_old", rollout_batches):
         is_trainers = args.pi_old == "trainer" and TABLE[m.row].needs_old_logp
         if not (is_trainers or args.pi_old == "tis"):
-            m.old_logp = m.sampler_logp
+            m.old_logp = m.sampler_logp  # where no component has pi_old, only a metric reads it
             continue
         logp, _ = policy(m.ids, m.response_mask, m.lengths)  # (M,)
         if not m.is_filler:  # it ran all the same: FSDP's ranks call the model equally often
@@ -607,7 +605,9 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
         logp, entropy = logp[None], None if entropy is None else entropy[None]  # (1, M)
         if m.is_filler:
             loss = 0.0 * logp.sum()  # its backward pass takes part in FSDP's exchanges
+            counts.filler_tokens += m.ids.numel()
         else:
+            counts.tokens += m.ids.numel()
             if m.is_rollouts and m.old_logp is None:  # the first mini-batch of the step
                 set_old_policy(m, logp.detach(), args, counts)
             valid = torch.ones_like(m.seq, dtype=torch.bool)  # packed: no padding
@@ -628,10 +628,6 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
                 counts.add_demonstrations(logp, m.response_lengths)
             if bonus:  # sum of the rollouts' entropies, with the weights of the loss
                 loss = loss - bonus * (m.weight * entropy).sum()
-        if m.is_filler:
-            counts.filler_tokens += m.ids.numel()
-        else:
-            counts.tokens += m.ids.numel()
         (loss * distributed.world_size()).backward()
 
 
@@ -640,8 +636,8 @@ def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts)
 
     sum_t w_t 1/2 max( (V - ret)^2, (V_old + clip(V - V_old, -c, c) - ret)^2 ),   ret = return
     """
-    rollouts = [m for m in micro_batches if m.is_rollouts]
-    for m in terminal.each("critic", rollouts):
+    rollout_batches = [m for m in micro_batches if m.is_rollouts]
+    for m in terminal.each("critic", rollout_batches):
         value = critic(m.ids, m.response_mask, m.lengths)[None]  # (1, M)
         if m.is_filler:
             loss = 0.0 * value.sum()
@@ -653,14 +649,14 @@ def accumulate_critic_gradient(critic, micro_batches, value_clip: float, counts)
         (loss * distributed.world_size()).backward()
 
 
-def probe_gradients(policy, chunk: list[Prompt], micro_batches, step: int, args) -> dict:
+def probe_gradients(policy, prompts: list[Prompt], micro_batches, step: int, args) -> dict:
     """What common/probe.py measures in a mini-batch, if the probe is due at this step; else {}."""
     if args.probe_gradients == 0 or step % args.probe_gradients:
         return {}
     unused = metrics.Counts()  # what the probe computes is not part of the step
     accumulate = functools.partial(accumulate_gradient, args=args, counts=unused)
-    counted = {"rl": sum(p.alpha > 0 for p in chunk), "sft": sum(p.beta > 0 for p in chunk)}
-    return probe.probe(policy, micro_batches, accumulate, counted, len(chunk))
+    counted = {"rl": sum(p.alpha > 0 for p in prompts), "sft": sum(p.beta > 0 for p in prompts)}
+    return probe.probe(policy, micro_batches, accumulate, counted, len(prompts))
 
 
 # ------------------------------------------------------------------ start, evaluation, checkpoints

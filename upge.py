@@ -204,12 +204,14 @@ def clip_mask(ratio: Tensor, advantage: Tensor, eps: tuple[float, float]) -> Ten
 
 
 def check_groups(rewards: Tensor) -> None:
-    """Raise ValueError unless rewards are (N, G): flat rewards would be taken for one group."""
+    """Raise ValueError unless rewards are floats (N, G): flat ones would be taken for one group."""
     if rewards.ndim != 2:
         raise ValueError(
             f"rewards must be (N, G), one row per prompt, not {tuple(rewards.shape)}: "
             "reshape them to (number of prompts, rollouts per prompt)"
         )
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards must be of a floating-point type, not {rewards.dtype}")
 
 
 def adv_one(rewards: Tensor) -> Tensor:
@@ -362,8 +364,8 @@ class Row(NamedTuple):
     @property
     def needs_old_logp(self) -> bool:
         """Whether a component may depend on pi_old. A function of your own counts as if it did."""
-        without = self.log_ref in (ref_theta, ref_one, ref_luffy) and self.stable is stable_always
-        return not without
+        ref_without = self.log_ref in (ref_theta, ref_one, ref_luffy)
+        return not (ref_without and self.stable is stable_always)
 
     @property
     def needs_entropy(self) -> bool:
@@ -415,7 +417,8 @@ class Method(NamedTuple):
     combine: str | None = None
 
 
-# In train_hpt.py, `sequences_of_prompt` gives some rows of demonstrations a coefficient.
+# In train_hpt.py, `sequences_of_prompt` gives two rows of demonstrations a coefficient beside
+# rollouts: sft has c_sft, offline 1/n.
 # fmt: off
 METHODS = {
     "sft":       Method(None, ("sft",)),
@@ -449,9 +452,8 @@ def hpt_gate(correct: Tensor, n: int, gamma: float) -> tuple[Tensor, Tensor]:
 
     Returns two (N,) int64 tensors that sum to 1.
     """
-    # In counts, P <= gamma is correct <= floor(gamma n). The 1e-9 keeps floor from losing a count
-    # to rounding: 0.29 * 100 is 28.999999999999996.
-    beta = (correct <= math.floor(gamma * n + 1e-9)).long()
+    # The 1e-6 keeps the bound included in spite of rounding: 0.29 * 100 is 28.999999999999996.
+    beta = (correct.double() <= gamma * n + 1e-6).long()
     return 1 - beta, beta
 
 
@@ -475,7 +477,7 @@ def chord_schedule(
     Args:
         step: counts from 1.
         peak, valley: from 0 to 1. Where they are equal and warmup is 0, mu is constant.
-        warmup, decay: numbers of steps.
+        warmup, decay: numbers of steps. With decay 0, mu is `valley` from step `warmup` on.
     """
     if step < warmup:
         mu = peak * step / warmup
@@ -541,9 +543,11 @@ def upge_loss(
         (loss, stable): a scalar, and 1_stable per token in the shape of logp.
 
     Raises:
-        ValueError: a tensor that the row needs is missing, or a shape does not fit.
+        ValueError: a tensor that the row needs is missing, or a shape or dtype does not fit.
     """
     check_shapes(logp, {"valid": valid, "old_logp": old_logp, "seq": seq, "entropy": entropy})
+    if valid.dtype != torch.bool:
+        raise ValueError(f"valid must be a bool tensor, not {valid.dtype}: pass mask.bool()")
     check_shapes(logp, {"weight": weight}, one_per_sequence=seq is None)
     check_shapes(logp, {"advantage": advantage}, one_per_sequence=seq is None and not row.critic)
     # At least float32: bfloat16 has 3 digits and counts tokens only up to 256.
@@ -566,7 +570,9 @@ def upge_loss(
     return -(coefficient * torch.exp(logp - log_ref)).sum(), stable
 
 
-def check_shapes(logp: Tensor, tensors: dict[str, Tensor | None], one_per_sequence: bool = False):
+def check_shapes(
+    logp: Tensor, tensors: dict[str, Tensor | None], one_per_sequence: bool = False
+) -> None:
     """Raise ValueError if a tensor would broadcast to logp's shape in a way that is not meant."""
     if logp.ndim != 2:
         raise ValueError(f"logp must be (B, T), or packed (1, T), not {tuple(logp.shape)}")

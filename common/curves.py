@@ -116,7 +116,7 @@ def _save(figure, path):
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: --out {path} cannot be written: {error}") from error
+        raise SystemExit(f"error: {path} cannot be written: {error}") from error
     _pyplot().close(figure)
 
 

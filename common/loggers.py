@@ -101,6 +101,7 @@ def begin(out: Path, flags: dict) -> None:
     path = out / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for kind, wanted in ((TensorBoard, flags["tensorboard"]), (WandB, flags["wandb"])):
+        # The class is both the work, since calling it opens a copy, and what a warning names.
         if wanted and (logger := attempt(kind, kind, out, flags)):
             _open.append(logger)
     # If `close` has not been called when the program ends, the run has not come to its end.

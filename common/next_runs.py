@@ -8,7 +8,7 @@ from common import flags
 
 PROGRAMS = flags.REPOSITORY
 ENVIRONMENT = dict(os.environ)  # as the program was started; vLLM changes LOCAL_WORLD_SIZE later
-# Flags of training that evaluate.py should be given too, those that --paper sets itself apart.
+# Flags of training that evaluate.py should be given too; SET_BY_PAPER are those that --paper sets.
 SHARED = ("template", "reward", "trust_remote_code")
 SET_BY_PAPER = ("system_prompt", "max_response_tokens")
 

@@ -589,7 +589,7 @@ def closing_table(out: Path, args) -> None:
     if sentences:
         say("\n".join(["", *sentences]))
     with terminal.progress("drawing curves.png"):
-        curves.plot({out.name: [metrics]}, out / "curves.png")
+        _draw_curves(out.name, metrics, out / "curves.png")
     say(f"\nwritten to {out}:")
     for name, what in FILES.items():
         if (out / name).exists():
@@ -597,6 +597,16 @@ def closing_table(out: Path, args) -> None:
     say("\n".join(["\nnext:", *(f"  {line}" for line in next_commands(out, args, sys.argv[1:]))]))
     with terminal.progress("closing the copies of metrics.jsonl"):
         loggers.close()
+
+
+def _draw_curves(label, metrics, path):
+    """Draw the curves of a run. If that fails, a warning says so: the run has ended well."""
+    try:
+        curves.plot({label: [metrics]}, path)
+    except SystemExit as problem:
+        reason = str(problem).removeprefix("error: ")
+        terminal.clear()
+        print(f"warning: no {path.name}: {reason}", file=sys.stderr, flush=True)
 
 
 def _before_and_after(rows, temperature):

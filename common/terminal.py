@@ -60,7 +60,7 @@ def quiet_libraries() -> None:
 
 
 def is_terminal(stream) -> bool:
-    """Tell whether a stream ends at a terminal that has more than plain text."""
+    """Tell whether a stream ends at a terminal that understands control sequences."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 

@@ -29,6 +29,7 @@ def main(steps: int = 25) -> None:
     """Train; print the reward and the share of gated prompts of every step."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama's has none
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), LR)
     problems = [json.loads(line) for line in DATA.read_text().splitlines()]
@@ -66,10 +67,13 @@ def reward(response: str, answer: str) -> float:
 def sample(model, tokenizer, prompts: list[list[int]]) -> list[list[list[int]]]:
     """ROLLOUTS responses of each prompt, as token ids that end in the end-of-sequence token."""
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    # Sample from the policy itself: by default transformers leaves out all but 50 tokens.
-    whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    out = model.generate(**padded, **whole, max_new_tokens=L_MAX, num_return_sequences=ROLLOUTS)
-    responses, end = [], tokenizer.eos_token_id
+    # Sample from the policy itself: a generation_config.json of the model may say otherwise, and by
+    # default transformers leaves out all but 50 tokens.
+    end = tokenizer.eos_token_id
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sampling |= {"repetition_penalty": 1.0, "eos_token_id": end, "pad_token_id": end}
+    out = model.generate(**padded, **sampling, max_new_tokens=L_MAX, num_return_sequences=ROLLOUTS)
+    responses = []
     for ids in out[:, padded["input_ids"].shape[1] :].tolist():  # (N n, T) without the prompts
         responses.append(ids[: ids.index(end) + 1] if end in ids else ids)  # without the padding
     return [responses[i : i + ROLLOUTS] for i in range(0, len(responses), ROLLOUTS)]

@@ -5,7 +5,8 @@
 
 `UpgeTrainer` is all that you need in a program of your own. TRL samples, shards and saves as ever.
 The row brings its advantage, its clip range and its normaliser; TRL's loss_type, scale_rewards,
-epsilon and importance_sampling_level are not read. Written for TRL 1.16, for text without tools.
+epsilon, importance_sampling_level and beta (there is no KL term) are not read. Written for
+TRL 1.16, for text without tools.
 """
 
 import argparse
@@ -66,7 +67,7 @@ class UpgeTrainer(GRPOTrainer):
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         valid = inputs["completion_mask"].bool()  # (B, T)
         logp, entropy, _ = self._get_per_token_logps_and_entropies(
-            model, ids, mask, valid.shape[1], compute_entropy=True
+            model, ids, mask, valid.shape[1], compute_entropy=self.row.needs_entropy
         )
         old_logp = inputs.get("old_per_token_logps")
         if old_logp is None:  # the policy has not moved since it sampled
@@ -84,6 +85,7 @@ def reward(completions: list[str], answer: list[str], **_) -> list[float]:
 def main(row: str = "grpo", steps: int = 10) -> list[dict]:
     """Train on the toy; TRL prints the metrics of each step. Returns them."""
     lines = [json.loads(line) for line in (TOY / "train.jsonl").read_text().splitlines()]
+    # The line break is what the toy's chat template writes behind a prompt.
     problems = [{"prompt": p["prompt"] + "\n", "answer": p["answer"]} for p in lines]
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
@@ -110,5 +112,7 @@ def main(row: str = "grpo", steps: int = 10) -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("examples.trl_loss", allow_abbrev=False)
-    parser.add_argument("row", nargs="?", default="grpo", choices=ROWS)
+    parser.add_argument(
+        "row", nargs="?", default="grpo", choices=ROWS, help="of upge's table (%(default)s)"
+    )
     main(parser.parse_args().row)

@@ -12,7 +12,7 @@ import torch
 
 from common import report
 from tools import check_gpu
-from tools.check_gpu import LIMITS, RUNS, Check, Result
+from tools.check_gpu import LIMITS, RUNS, Check, FinishedRun
 from toy import make
 
 HPT, TWO, SHARED, SFT, SFT_ON_TWO = RUNS
@@ -42,7 +42,7 @@ def held_out_of(run, right=2, count=8):
 
 
 def result_of(run, rows=None, held_out=None, failure="", log=""):
-    return Result(run, 9.0, failure, rows or rows_of(run), held_out or held_out_of(run), log)
+    return FinishedRun(run, 9.0, failure, rows or rows_of(run), held_out or held_out_of(run), log)
 
 
 def failed(checks):
@@ -232,6 +232,11 @@ def test_the_c_library_is_new_enough(found, passes):
 def test_a_gpu_has_room_for_the_engine(free, passes):
     gpu = {"memory.total": "81559", "memory.free": free}
     assert check_gpu.memory_check(0, gpu).ok == passes
+
+
+def test_a_gpu_that_shares_the_memory_of_the_host_has_no_figure():
+    check = check_gpu.memory_check(0, {"memory.total": "[N/A]", "memory.free": "[N/A]"})
+    assert (check.ok, check.found) == (None, "nvidia-smi does not say how much")
 
 
 def test_a_compiler_is_looked_for(monkeypatch, tmp_path):

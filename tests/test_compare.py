@@ -12,11 +12,11 @@ from tools import compare
 HELD_OUT = [("1+1", 1), ("11111+11111", 5), ("111111+111111", 6)]  # (prompt, level)
 
 
-def write_run(folder, evaluations, steps, number_of_steps=30):
+def write_run(folder, evaluations, steps, number_of_steps=30, model="base"):
     """A finished run: evaluations is {step: right responses of 4, problem by problem}."""
     (folder / "final").mkdir(parents=True)
     (folder / "final/config.json").write_text("{}")
-    config = {"flags": {"steps": number_of_steps}}
+    config = {"flags": {"steps": number_of_steps, "model": model}}
     (folder / "config.json").write_text(json.dumps(config))
     for step, correct in evaluations.items():
         results = []
@@ -258,10 +258,12 @@ def commands(monkeypatch):
         done.append(words)
         out = Path(words[words.index("--out") + 1])
         if "--method" in words:
-            write_run(out, {0: (1, 1, 1), 30: (2, 2, 2)}, [step(rollouts=1)])
+            model = words[words.index("--model") + 1] if "--model" in words else "base"
+            write_run(out, {0: (1, 1, 1), 30: (2, 2, 2)}, [step(rollouts=1)], model=model)
         else:
             out.mkdir()
-            report.write_results(out / "results.jsonl", [{"samples": 4, "correct": 1}])
+            samples = int(words[words.index("--samples") + 1])
+            report.write_results(out / "results.jsonl", [{"samples": samples, "correct": 1}])
 
     monkeypatch.setattr(compare, "call", call)
     return done
@@ -314,15 +316,37 @@ def test_a_run_that_was_stopped_starts_anew_and_is_kept_aside(commands, tmp_path
 
 def test_runs_of_another_length_are_refused(commands, tmp_path):
     compare.main([*FLAGS, str(tmp_path)])
-    with pytest.raises(SystemExit, match="sft-seed0 took 30 steps, not 40: name another --out"):
+    with pytest.raises(SystemExit, match="sft-seed0 had --steps 30, not 40: name another --out"):
         compare.main([*FLAGS, str(tmp_path), "--steps", "40"])
+
+
+def test_runs_from_another_base_are_refused(commands, tmp_path):
+    words = [*FLAGS, str(tmp_path / "out"), "--model"]
+    compare.main([*words, str(tmp_path / "a")])
+    compare.main([*words, str(tmp_path / "a")])  # negative control
+    with pytest.raises(SystemExit, match=r"sft-seed0 had --model .*a, not .*b: name another"):
+        compare.main([*words, str(tmp_path / "b")])
+
+
+def test_samples_of_another_number_are_refused(commands, tmp_path):
+    words = [*FLAGS, str(tmp_path), "--samples"]
+    compare.main([*words, "4"])
+    compare.main([*words, "4"])  # negative control
+    with pytest.raises(SystemExit, match=r"base-seed0.pass had --samples 4, not 8: remove it"):
+        compare.main([*words, "8"])
+
+
+def test_report_shows_every_run(capsys):
+    with pytest.raises(SystemExit):
+        compare.parse_args(["--report", "--only", "SFT"])
+    assert "--report shows every run that is there" in capsys.readouterr().err
 
 
 def test_report_trains_nothing(commands, tmp_path):
     compare.main([*FLAGS, str(tmp_path)])
     commands.clear()
     (tmp_path / "sft-seed1/final/config.json").unlink()
-    compare.main([*FLAGS, str(tmp_path), "--report"])
+    compare.main(["--report", "--seeds", "2", "--out", str(tmp_path)])
     assert commands == []
 
 

@@ -589,6 +589,9 @@ def test_settings_that_differ_are_listed(tmp_path):
         ("none", r"none: no results.jsonl \(of evaluate.py, finished\) and no held_out.jsonl"),
         ("empty", "empty: results.jsonl is empty"),
         ("cut", "is not the same problems"),  # half a line at the end is none
+        ("foreign", r"foreign/results.jsonl:2: no result of a problem"),
+        ("list", r"list/results.jsonl:1: no result of a problem"),
+        ("settings", r"settings/results.json: broken, or of another program"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, name, sentence):
@@ -599,6 +602,12 @@ def test_what_cannot_be_compared(tmp_path, name, sentence):
     write_evaluation(tmp_path / "cut", [1, 2])
     path = tmp_path / "cut/results.jsonl"
     path.write_text(path.read_text()[:-9])
+    write_evaluation(tmp_path / "foreign", [1])
+    report.append_jsonl(tmp_path / "foreign/results.jsonl", [{"benchmark": "x", "score": 1}])
+    write_evaluation(tmp_path / "list", [])
+    report.append_jsonl(tmp_path / "list/results.jsonl", [[1, 2]])
+    write_evaluation(tmp_path / "settings", [1, 2])
+    (tmp_path / "settings/results.json").write_text('{"other": 1}')
     with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
         evaluate.compare(a, str(tmp_path / name), tmp_path / "out")
 

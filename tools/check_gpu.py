@@ -93,7 +93,7 @@ class Check(NamedTuple):
         return f"{self.word:<8}  {self.name}: {self.found}{wanted}"
 
 
-class Result(NamedTuple):
+class FinishedRun(NamedTuple):
     """What a run has left behind."""
 
     run: Run
@@ -113,7 +113,13 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=flags.HelpFormatter,
     )
     parser.add_argument("--cpu", action="store_true", help="run on CPU ranks, without a GPU")
-    flags.number(parser, "--ranks", flags.COUNT, 2, "at most so many GPUs, or CPU ranks")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help="at most so many GPUs, or CPU ranks (%(default)s)",
+    )
     flags.number(parser, "--minutes", flags.POSITIVE, 20.0, "that a run may take")
     flags.text(parser, "--out", "DIR", "a new directory (runs/check_gpu-TIME)")
     args = parser.parse_args(argv)
@@ -125,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     checks = machine_checks(gpus, args)
     for check in checks:
         report.say(check.line())
-    available = min(args.ranks, args.ranks if args.cpu else gpus_that_torch_sees())
+    available = args.ranks if args.cpu else min(args.ranks, gpus_that_torch_sees())
     results = []
     for run in RUNS:
         more = left_out(run, available, device)
@@ -211,7 +217,7 @@ def driver_check(gpus: list[dict]) -> Check:
     """The driver is new enough for the CUDA that torch and vLLM were built for."""
     wanted = f"{OLDEST_DRIVER} or later, for CUDA 13.0"
     if not gpus:
-        return Check("driver", None, "nvidia-smi is not there, but torch sees a GPU")
+        return Check("driver", None, "nvidia-smi names no GPU, but torch sees one")
     version = gpus[0]["driver_version"]
     major = version.split(".")[0]
     return Check("driver", major.isdigit() and int(major) >= OLDEST_DRIVER, version, wanted)
@@ -258,10 +264,14 @@ def cuda_checks() -> list[Check]:
 
 def memory_check(number: int, gpu: dict) -> Check:
     """A GPU has as much free memory as the engine takes by default."""
-    total, free = (float(gpu[f"memory.{kind}"]) * MIB / plan.GB for kind in ("total", "free"))
+    name = f"free memory of GPU {number}"
+    figures = [gpu[f"memory.{kind}"] for kind in ("total", "free")]
+    if not all(re.fullmatch(r"\d+", figure) for figure in figures):  # shared with the host
+        return Check(name, None, "nvidia-smi does not say how much")
+    total, free = (float(figure) * MIB / plan.GB for figure in figures)
     needed = plan.USABLE * total - plan.CONTEXT / plan.GB
     return Check(
-        f"free memory of GPU {number}",
+        name,
         free >= needed,
         f"{free:.1f} of {total:.1f} GB",
         f"{needed:.1f} GB: end what else is running there",
@@ -285,7 +295,7 @@ def left_out(run: Run, available: int, device: str) -> list[Check]:
     return [Check(run.name, None, f"it needs {needed} {kind}, and --ranks or the machine has 1")]
 
 
-def make_run(run: Run, out: Path, seconds: float) -> Result:
+def make_run(run: Run, out: Path, seconds: float) -> FinishedRun:
     """Make a run under torchrun, in a folder of its own, and read what it leaves."""
     folder = folder_of(run, out)
     print(f"\nrunning: {run.name} ...", flush=True)
@@ -312,7 +322,8 @@ def make_run(run: Run, out: Path, seconds: float) -> Result:
         failure = reason_in(text) or f"it ended with status {status}"
     # torchrun adds a traceback of its own below what the ranks have printed.
     end = text.partition("torch/distributed/elastic")[0][-3000:] if failure else ""
-    return Result(run, taken, failure, *files_of(folder), end)
+    rows, held_out = files_of(folder)
+    return FinishedRun(run, taken, failure, rows, held_out, end)
 
 
 def folder_of(run: Run, out: Path) -> Path:
@@ -340,7 +351,7 @@ def reason_in(log: str) -> str:
 # ----------------------------------------------------------------------------------- the checks
 
 
-def checks_of_run(result: Result, limits: Limits) -> list[Check]:
+def checks_of_run(result: FinishedRun, limits: Limits) -> list[Check]:
     """What must hold in every run."""
     run, name = result.run, result.run.name
     if result.failure:
@@ -397,7 +408,7 @@ def held_out_checks(name: str, held_out: list[dict], last_step: int) -> list[Che
     return checks
 
 
-def checks_of_checkpoint(result: Result, out: Path) -> list[Check]:
+def checks_of_checkpoint(result: FinishedRun, out: Path) -> list[Check]:
     """The model that a run saved loads in transformers, is finite, and differs from its base."""
     if result.failure:
         return []
@@ -422,7 +433,7 @@ def checks_of_checkpoint(result: Result, out: Path) -> list[Check]:
     return [Check(name, finite and max(moved) > 0, found, wanted)]
 
 
-def checks_of_pair(results: list[Result], limits: Limits) -> list[Check]:
+def checks_of_pair(results: list[FinishedRun], limits: Limits) -> list[Check]:
     """What the last run must share with an earlier one; [] if there is none to compare with."""
     *earlier, last = results
     before = [r for r in earlier if r.run.flags == last.run.flags and not r.failure]
@@ -439,12 +450,12 @@ def checks_of_pair(results: list[Result], limits: Limits) -> list[Check]:
     return checks
 
 
-def problems_of(result: Result) -> set[str]:
+def problems_of(result: FinishedRun) -> set[str]:
     """The held-out problems of a run."""
     return {row["prompt"] for row in result.held_out}
 
 
-def gradient_check(one: Result, two: Result, limits: Limits) -> Check:
+def gradient_check(one: FinishedRun, two: FinishedRun, limits: Limits) -> Check:
     """The sum over two ranks is the gradient of one. SFT has no samples that could differ."""
     norms = [[row.get("optim/grad_norm") for row in r.rows if row["step"] > 0] for r in (one, two)]
     name, wanted = "gradient norm of SFT, 1 rank and 2", f"a difference of at most {limits.norm:g}"
@@ -460,7 +471,9 @@ def gradient_check(one: Result, two: Result, limits: Limits) -> Check:
 # ----------------------------------------------------------------------------------- the report
 
 
-def report_lines(checks: list[Check], results: list[Result], gpus: list, device: str) -> list[str]:
+def report_lines(
+    checks: list[Check], results: list[FinishedRun], gpus: list, device: str
+) -> list[str]:
     """The report, as lines of Markdown."""
     words = [check.word for check in checks]
     verdict = "FAIL" if "FAIL" in words else "PASS"
@@ -491,7 +504,7 @@ def machine(gpus: list[dict]) -> str:
     return ", ".join([*cards, *drivers, processor, " ".join(platform.libc_ver())])
 
 
-def figures(results: list[Result]) -> list[list]:
+def figures(results: list[FinishedRun]) -> list[list]:
     """A table of what the runs have measured in their last step; the first row is the head."""
     columns = {
         "reward": "reward/mean",

@@ -199,25 +199,35 @@ class Comparison:
                 out.rename(out.with_name(f"{out.name}.stopped{time.time():.0f}"))
             call(self.training_command(label, seed), self.folder / f"{out.name}.log")
         else:
-            self.check_steps(label, out)
+            self.check_run(label, out)
         if seed == 0 and label in self.task.sampled:
             is_new |= self.sample_hard_problems(label, out / "final")
         return is_new
 
-    def check_steps(self, label: str, out: Path) -> None:
-        """Raise SystemExit unless a finished run took as many steps as it would now."""
-        wanted = self.steps_of(label)
-        steps = json.loads((out / "config.json").read_text())["flags"]["steps"]
-        if steps != wanted:
-            raise SystemExit(
-                f"error: {out} took {steps} steps, not {wanted}: "
-                "name another --out, or the same --steps"
-            )
+    def check_run(self, label: str, out: Path) -> None:
+        """Raise SystemExit unless a finished run had the steps and the base that it would now."""
+        had = json.loads((out / "config.json").read_text())["flags"]
+        wanted = {"steps": self.steps_of(label)}
+        if self.model and not self.task.arms[label].parent:
+            wanted["model"] = os.path.abspath(self.model)
+            had["model"] = os.path.abspath(had["model"])
+        for name, value in wanted.items():
+            if had[name] != value:
+                raise SystemExit(
+                    f"error: {out} had --{name} {had[name]}, not {value}: "
+                    f"name another --out, or give the same --{name}"
+                )
 
     def sample_hard_problems(self, label: str, model: Path | str) -> bool:
         """Sample the hard problems unless that is done; say whether anything was done."""
         out = self.pass_directory(label)
         if (out / "results.jsonl").exists():
+            samples = report.read_jsonl(out / "results.jsonl")[0]["samples"]
+            if samples != self.samples:
+                raise SystemExit(
+                    f"error: {out} had --samples {samples}, not {self.samples}: "
+                    "remove it, or give the same --samples"
+                )
             return False
         call(self.sampling_command(label, model), self.folder / f"{out.name}.log")
         return True
@@ -304,7 +314,8 @@ def write_report(comparison: Comparison, seeds: int) -> str:
     samples = read_samples(comparison)
     if samples:
         blocks.append(report.markdown_table(pass_table(samples)))
-        drawn = {label: report.pass_curve(rows, ks_of(rows)) for label, rows in samples.items()}
+        ks = ks_of(samples)
+        drawn = {label: report.pass_curve(rows, ks) for label, rows in samples.items()}
         curves.pass_at_k(drawn, comparison.folder / "pass.png")
     if "HPT" in samples:
         blocks.append(report.markdown_table(exclusive_table(samples)))
@@ -403,16 +414,16 @@ def level_table(runs: dict[str, list[FinishedRun]], task: Task) -> list[list]:
 
 def pass_table(samples: dict[str, list[dict]]) -> list[list]:
     """Return the rows of pass@k on the hard problems."""
-    ks = ks_of(next(iter(samples.values())))
+    ks = ks_of(samples)
     rows = [["pass@k on hard problems, seed 0, %", *ks]]
     for label, results in samples.items():
         rows.append([label, *(f"{value:.1f}" for value in report.pass_curve(results, ks).values())])
     return rows
 
 
-def ks_of(results: list[dict]) -> list[int]:
-    """Return the k of pass@k that results are reported for."""
-    return report.powers_of_two(results[0]["samples"])
+def ks_of(samples: dict[str, list[dict]]) -> list[int]:
+    """Return the k of pass@k that are reported, those that every arm has samples for."""
+    return report.powers_of_two(min(results[0]["samples"] for results in samples.values()))
 
 
 def exclusive_table(samples: dict[str, list[dict]]) -> list[list]:
@@ -470,6 +481,11 @@ def over_seeds(values: list[float]) -> str:
 # ------------------------------------------------------------------------------------- command line
 
 
+def per_task(name: str) -> str:
+    """Return a default that each task has for itself, as words for --help."""
+    return ", ".join(f"{key}: {getattr(task, name)}" for key, task in TASKS.items())
+
+
 def parse_args(argv=None):
     """Parse the flags of the comparison."""
     parser = argparse.ArgumentParser(
@@ -483,18 +499,20 @@ def parse_args(argv=None):
     flag("--task", choices=TASKS, default="toy", help="what the arms are trained on (%(default)s)")
     flag("--model", metavar="DIR", help="the base (the one that the task's recipe names)")
     flag("--seeds", type=flags.COUNT, default=3, help="runs per arm, seeds 0 .. N-1 (%(default)s)")
-    flag("--steps", type=flags.COUNT, help="rollout steps per run (toy: 30, word-problems: 20)")
+    flag("--steps", type=flags.COUNT, help=f"rollout steps per run ({per_task('steps')})")
     flag(
         "--jobs",
         type=flags.COUNT,
         default=min(4, os.cpu_count()),
         help="runs at a time, one thread each (%(default)s)",
     )
-    flag("--samples", type=flags.COUNT, help="per hard problem (toy: 64, word-problems: 16)")
+    flag("--samples", type=flags.COUNT, help=f"per hard problem ({per_task('samples')})")
     flag("--only", nargs="+", metavar="ARM", help="these arms (all)")
     flag("--out", metavar="DIR", help="output directory (runs/compare-TASK)")
     flag("--report", action="store_true", help="train nothing; report on the runs that exist")
     args = parser.parse_args(argv)
+    if args.report and args.only:
+        parser.error("--report shows every run that is there: leave --only out")
     task = TASKS[args.task]
     args.only = args.only or list(task.arms)
     args.steps = args.steps or task.steps
@@ -529,7 +547,7 @@ def run_missing(comparison: Comparison, args) -> None:
             (second if parent else first).append((label, seed))
     total = len(first) + len(second)
     print(
-        f"{total} runs of {args.steps} steps, {args.jobs} at a time, into {comparison.folder}",
+        f"{total} runs, --steps {args.steps}, {args.jobs} at a time, into {comparison.folder}",
         flush=True,
     )
 

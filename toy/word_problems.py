@@ -15,6 +15,7 @@ is marked "new wording". No held-out problem has the numbers of a training probl
 Both files are shipped; recipes/smollm2-135m-word-problems.args names them.
 """
 
+import argparse
 import dataclasses
 import json
 import random
@@ -138,6 +139,7 @@ def problems(seed: int = 0) -> tuple[list[dict], list[dict]]:
                 "demonstration": demonstration,
                 "level": f"{level}, new wording" if is_new else str(level),
             }
+            # The next HELD_OUT are held out too, in the wordings of the training problems.
             (held_out if i < 2 * HELD_OUT else train).append(row)
     return train, held_out
 
@@ -151,4 +153,8 @@ def write_data(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()  # --help, and no other argument
     write_data(FOLDER)
