@@ -107,7 +107,10 @@ WORD_PROBLEMS = Task(
     },
     hard=lambda level: level in ("4", "5", "6"),
     samples=16,
-    sampled=("SFT", "SFT -> GRPO", "HPT", "GRPO, warm, lr 1e-5", "HPT, warm"),
+    sampled=(
+        *("SFT", "SFT -> GRPO", "HPT"),
+        *("GRPO, warm, lr 1e-5", "HPT, warm", "HPT, warm, lr 1e-5"),
+    ),
     arms={
         "SFT": Arm("sft"),
         "GRPO": Arm("grpo"),
@@ -119,6 +122,7 @@ WORD_PROBLEMS = Task(
         "GRPO, warm": Arm("grpo", parent="SFT, a few steps", table=WARM),
         "GRPO, warm, lr 1e-5": Arm("grpo", SLOW, parent="SFT, a few steps", table=WARM),
         "HPT, warm": Arm("hpt", parent="SFT, a few steps", table=WARM),
+        "HPT, warm, lr 1e-5": Arm("hpt", SLOW, parent="SFT, a few steps", table=WARM),
         "HPT, c_sft 0.05": Arm("hpt", ("--sft-coef", 0.05), table=C_SFT),
         "HPT, c_sft 0.3": Arm("hpt", ("--sft-coef", 0.3), table=C_SFT),
     },
