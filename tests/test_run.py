@@ -33,7 +33,7 @@ def run(program, *flags, ranks=None, fails=False, folder=ROOT, errors=None):
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     line = [*launcher, ROOT / program, *flags]
     line = list(map(str, line))
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=900)
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-6000:]
     if errors:
         errors.write_text(done.stderr)
