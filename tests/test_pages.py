@@ -92,16 +92,24 @@ def test_the_thresholds_are_those_of_the_program():
 
 # ------------------------------------------------------------------------------- flags and links
 
-NAMES = ("gpu.md", "faq.md", "metrics.md")
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 FLAGS = {
     name
     for parser in (flags.training_parser(), flags.evaluation_parser())
     for action in parser._actions
     for name in action.option_strings
 }
-OF_OTHERS = {  # flags of torchrun, docker, pip and the tools
-    *("--nproc_per_node", "--nnodes", "--node-rank", "--master-addr", "--gpus", "--ipc"),
-    *("--version", "--cpu", "--ranks"),
+FLAGS |= {
+    name
+    for path in (REPOSITORY / "tools").glob("*.py")
+    for name in re.findall(r'"(--[a-z-]+)"', path.read_text())
+}
+OF_OTHERS = {
+    # torchrun
+    *("--nproc_per_node", "--nnodes", "--node-rank", "--master-addr", "--max-restarts"),
+    *("--shutdown-timeout", "--rdzv-backend", "--rdzv-conf", "--local-addr"),
+    # pip, docker, gcc
+    *("--no-deps", "--extra-index-url", "--gpus", "--ipc", "--version"),
 }
 
 
@@ -109,9 +117,9 @@ def missing_flags(text):
     return set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", text)) - FLAGS - OF_OTHERS
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_flag_of_a_page_exists(name):
-    assert not missing_flags((REPOSITORY / "docs" / name).read_text())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_of_a_page_exists(page):
+    assert not missing_flags(page.read_text())
     assert missing_flags("`--prompts-per-stp 3`") == {"--prompts-per-stp"}  # negative control
 
 
@@ -121,12 +129,13 @@ def anchors(text):
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_link_of_a_page_leads_somewhere(name):
-    page = REPOSITORY / "docs" / name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("https:"):
+            continue
         file, _, anchor = target.partition("#")
-        linked = page.parent / file
+        linked = page.parent / file if file else page
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked.read_text()), target
 
