@@ -50,7 +50,7 @@ def trained(base, easy):
     out = easy.parent / "run"
     flags = [RECIPE, "--model", base, "--data", easy, "--eval-data", easy, "--eval-every", 0]
     flags += ["--steps", 2, "--minibatches-per-step", 1, "--warmup-steps", 0, "--lr", 1e-4]
-    flags += ["--gamma", 0.5, "--samples-per-prompt", 2, "--reward", "even:grade"]
+    flags += ["--gamma", 0.5, "--samples-per-prompt", 3, "--reward", "even:grade"]
     flags += ["--max-response-tokens", LIMIT]
     run("train_hpt.py", *flags, "--out", out, ranks=1, folder=easy.parent)
     return out
