@@ -108,8 +108,12 @@ WORD_PROBLEMS = Task(
     hard=lambda level: level in ("4", "5", "6"),
     samples=16,
     sampled=(
-        *("SFT", "SFT -> GRPO", "HPT"),
-        *("GRPO, warm, lr 1e-5", "HPT, warm", "HPT, warm, lr 1e-5"),
+        "SFT",
+        "SFT -> GRPO",
+        "HPT",
+        "GRPO, warm, lr 1e-5",
+        "HPT, warm",
+        "HPT, warm, lr 1e-5",
     ),
     arms={
         "SFT": Arm("sft"),
