@@ -51,6 +51,9 @@ from upge import (
     upge_loss,
 )
 
+# Everything here is float64 on a CPU. Where there are GPUs, the trainer would take them.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 N, G, T, L_MAX, g = 3, 4, 9, 16, 0.1  # prompts, rollouts of each, longest, constant, LUFFY's g
 B = N * G
 GROUP = torch.arange(N).repeat_interleave(G)  # (B,)

@@ -338,8 +338,10 @@ def read_state(folder: Path, networks: list) -> None:
         name, _, moment = key.rpartition("/")
         if name in parameters:  # a moment has the shards of its weight, Adam's count has none
             _, parameter = parameters[name]
-            is_count = len(kind.size) == 0
-            state[key] = torch.zeros(()) if is_count else torch.zeros_like(parameter.detach())
+            if len(kind.size) == 0:
+                state[key] = torch.zeros((), device=parameter.device)
+            else:
+                state[key] = torch.zeros_like(parameter.detach())
     others = state.keys() ^ stored.keys()
     others |= {key for key in state.keys() & stored.keys() if state[key].shape != stored[key].size}
     if others:

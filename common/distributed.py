@@ -48,7 +48,8 @@ def init_process_group():
     """Join torchrun's process group, or make one of a single process; return the device.
 
     Raises:
-        SystemExit: --master-addr is no address at which other machines can reach this one.
+        SystemExit: --master-addr is no address at which other machines can reach this one, or
+            this machine has fewer GPUs than ranks.
     """
     import torch
     import torch.distributed as dist
@@ -62,6 +63,7 @@ def init_process_group():
         os.environ |= {name: str(value) for name, value in single.items()}
     choose_network()
     if gpu:
+        check_gpus(torch.cuda.device_count())
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if alone:  # a store inside this process; torch's own would listen on every interface
         store, rank, ranks = dist.HashStore(), 0, 1
@@ -76,6 +78,16 @@ def init_process_group():
     )
     dist.distributed_c10d._set_pg_timeout(TIMEOUT)
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def check_gpus(gpus: int) -> None:
+    """Raise SystemExit if torchrun has started more ranks on this machine than it has GPUs."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks > gpus:
+        raise SystemExit(
+            f"error: {ranks} ranks on this machine, and it has {gpus} GPU{'s' * (gpus > 1)}: each "
+            f"rank needs one of its own, so give torchrun --nproc_per_node={gpus}"
+        )
 
 
 def end_with_launcher() -> None:

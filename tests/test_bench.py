@@ -53,6 +53,10 @@ def test_update_needs_neither_vllm_nor_math_verify():
     assert figure(printed, "memory of the pass, at its peak") > 0
     # The toy's 0.8 M parameters and Adam's two moments, in float32.
     assert figure(printed, "memory held between passes") > 3 * 4 * 0.0008
+    planned = printed[printed.index("what --plan estimates") :]
+    assert figure(planned, "memory held between passes") == pytest.approx(3 * 4 * 0.0008, abs=5e-4)
+    assert figure(planned, "memory of the pass, at its peak") > 4 * 0.0008
+    assert "plain" not in run([[*line, "--alone"]])
 
 
 def test_rollouts_are_those_of_vllm_and_have_the_lengths_asked_for(printed):

@@ -6,6 +6,7 @@ The jobs here have a process group and no model. tests/test_run.py trains on two
 import contextlib
 import datetime
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -73,6 +74,13 @@ def test_a_single_process_has_no_store_that_listens_and_waits_long(environment, 
     assert isinstance(asked["store"].underlying_store, dist.HashStore)
     assert asked["timeout"] <= datetime.timedelta(hours=1) < datetime.timedelta(hours=6)
     assert set_later == [distributed.TIMEOUT] and asked["timeout"] < distributed.TIMEOUT
+
+
+def test_more_ranks_than_gpus_are_refused(environment):
+    environment["LOCAL_WORLD_SIZE"] = "2"
+    distributed.check_gpus(2)
+    with pytest.raises(SystemExit, match=r"^error: 2 ranks .* has 1 GPU: .* --nproc_per_node=1$"):
+        distributed.check_gpus(1)
 
 
 # --------------------------------------------------------------------------------- ranks that end
@@ -177,6 +185,8 @@ def two_machines():
     """The names of two network namespaces, with the addresses 10.77.0.1 and 10.77.0.2."""
     key = uuid.uuid4().hex[:6]
     names = [f"hpt-{key}-{i}" for i in (1, 2)]
+    if not shutil.which("ip"):
+        pytest.skip("network namespaces need the program ip, of the package iproute2")
     try:
         try:
             for name in names:

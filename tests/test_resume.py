@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -332,6 +333,25 @@ def test_a_signal_to_one_of_two_ranks_stops_both(run, tmp_path):
     out, fault = tmp_path / "run", (functools.partial(send, rank=1), 1, signal.SIGTERM)
     status, output = run(out, "--save-every", 0, "--steps", 2, fault=fault, ranks=2)
     assert status == 128 + signal.SIGTERM and "step_000001 is saved" in output
+
+
+def test_what_is_read_lies_where_its_weight_lies(monkeypatch):
+    """On a GPU, AdamW wants its count of steps there too. The device "meta" stands in for a GPU."""
+    sizes = {"w": (2, 3), "w/step": (), "w/exp_avg": (2, 3)}
+    stored = {f"policy/{name}": SimpleNamespace(size=torch.Size(s)) for name, s in sizes.items()}
+    reader = SimpleNamespace(read_metadata=lambda: SimpleNamespace(state_dict_metadata=stored))
+    monkeypatch.setattr(checkpoint.dcp, "HuggingFaceStorageReader", lambda folder: reader)
+    monkeypatch.setattr(checkpoint.dcp, "load", lambda state, storage_reader: None)
+    for device in ("meta", "cpu"):
+        layer = torch.nn.Linear(3, 2, bias=False, device=device)
+        network = SimpleNamespace(name="policy", optimizer=torch.optim.AdamW(layer.parameters()))
+        network.named_parameters = lambda layer=layer: [("w", layer.weight)]
+        checkpoint.read_state(Path("trainer"), [network])
+        state = network.optimizer.state[layer.weight]
+        assert {name: tensor.device.type for name, tensor in state.items()} == {
+            "step": device,
+            "exp_avg": device,
+        }
 
 
 def test_dropout_goes_on_as_it_would_have(run, base, tmp_path):

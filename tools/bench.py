@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.number(parser, "--vocabulary", flags.COUNT, None, "update: words (those of the shape)")
     flags.number(parser, "--sequences", flags.COUNT, 64, "update: sequences, an even number")
     flags.number(parser, "--prompt-tokens", flags.COUNT, 64, "update: tokens of each prompt")
+    about = "update: leave out the plain pass, which needs more memory"
+    parser.add_argument("--alone", action="store_true", help=about)
     flags.number(parser, "--generate-batch", flags.COUNT, 64, "rollout: batch of generate")
     parser.add_argument("--peer", choices=["trl"], help="step: whose step is measured beside ours")
     about = "step: sequences per forward pass of the peer (all of an optimizer step)"
@@ -332,7 +334,7 @@ def update_benchmark(bench, rest: list[str]) -> None:
     from transformers import AutoConfig
 
     import train_hpt
-    from common import distributed, metrics, model
+    from common import distributed, metrics, model, plan
     from upge import METHODS
 
     if bench.sequences % 2:
@@ -378,11 +380,15 @@ def update_benchmark(bench, rest: list[str]) -> None:
         ours()  # so that Adam's moments count as held
         sides = {"ours": ours}
         held = {"ours": memory.settle()}
-        if distributed.world_size() == 1:
+        if distributed.world_size() == 1 and not bench.alone:
             sides["plain"] = plain_pass(args, sequences, device, memory)
             held["plain"] = memory.settle()
     results = take_turns(bench.rounds, sides)
     show_update(results, held, sequences, config, policy.num_parameters())
+    estimate = plan.memory_plan(args, config, has_critic=False)
+    show("what --plan estimates for ours")
+    show(f"  {'memory of the pass, at its peak':<46} {estimate.training / 1e9:>9.3f} GB")
+    show(f"  {'memory held between passes':<46} {estimate.resident / 1e9:>9.3f} GB")
     torch.distributed.destroy_process_group()
 
 
