@@ -212,12 +212,10 @@ class Policy(Network):
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.temperature != 1.0:
             logits = logits / self.temperature
-        log_total = logits.logsumexp(-1, keepdim=True)  # (c, 1)
-        logp = (logits.gather(-1, targets[:, None]) - log_total).squeeze(-1)
-        if not with_entropy:
-            return logp, None
-        all_logp = logits - log_total  # (c, V)
-        return logp, -(all_logp.exp() * all_logp).sum(-1)
+        all_logp = logits.log_softmax(-1)  # (c, V)
+        logp = all_logp.gather(-1, targets[:, None]).squeeze(-1)
+        entropy = -(all_logp.exp() * all_logp).sum(-1) if with_entropy else None
+        return logp, entropy
 
 
 def logit_scale(config) -> float:
