@@ -182,8 +182,6 @@ class Policy(Network):
     def __init__(self, lm, temperature: float, chunk: int = 1024):
         super().__init__(lm)
         self.temperature, self.chunk = temperature, chunk
-        self.softcap = getattr(lm.config, "final_logit_softcapping", None)  # Gemma 2
-        self.logit_scale = logit_scale(lm.config)
 
     def forward(
         self, ids: Tensor, response: Tensor, lengths: list[int], with_entropy: bool = False
@@ -205,17 +203,20 @@ class Policy(Network):
 
     def head(self, hidden: Tensor, targets: Tensor, with_entropy: bool):
         """(c,) log-probabilities and entropies from (c, D) states and (c,) token ids."""
-        logits = wide_logits(self.lm.get_output_embeddings(), hidden)  # (c, V)
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        if self.temperature != 1.0:
-            logits = logits / self.temperature
-        all_logp = logits.log_softmax(-1)  # (c, V)
+        all_logp = tempered_logits(self.lm, hidden, self.temperature).log_softmax(-1)  # (c, V)
         logp = all_logp.gather(-1, targets[:, None]).squeeze(-1)
         entropy = -(all_logp.exp() * all_logp).sum(-1) if with_entropy else None
         return logp, entropy
+
+
+def tempered_logits(lm, hidden: Tensor, temperature: float) -> Tensor:
+    """The logits (c, V) of states (c, D), divided by the temperature, in float32 or wider."""
+    logits = wide_logits(lm.get_output_embeddings(), hidden)
+    if (scale := logit_scale(lm.config)) != 1.0:
+        logits = logits * scale
+    if softcap := getattr(lm.config, "final_logit_softcapping", None):  # Gemma 2
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def logit_scale(config) -> float:

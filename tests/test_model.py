@@ -91,9 +91,8 @@ def test_gemma_2s_soft_cap_on_logits_is_applied():
     lm = with_large_logits("gemma2", head_dim=8, final_logit_softcapping=1.0)
     wanted, _ = plain_log_probabilities(lm, 1.0)
     assert torch.allclose(Policy(lm, 1.0)(IDS, RESPONSE, LENGTHS)[0], wanted)
-    uncapped = Policy(lm, 1.0)
-    uncapped.softcap = None  # negative control
-    assert not torch.allclose(uncapped(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-2)
+    lm.config.final_logit_softcapping = None  # negative control
+    assert not torch.allclose(Policy(lm, 1.0)(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_a_familys_scale_of_logits_is_applied(family, settings):
     wanted, _ = plain_log_probabilities(lm, 0.7)
     policy = Policy(lm, 0.7)
     assert torch.allclose(policy(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-5)
-    policy.logit_scale = 3.0  # negative control
+    lm.config.logit_scale = 3.0  # negative control
     assert not torch.allclose(policy(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-2)
 
 

@@ -1,0 +1,81 @@
+"""Training with transformers in vLLM's place: the whole run, where vLLM cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import flags
+from common.data import overrides_of
+from tools.without_vllm import TransformersSampler
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "toy/base"
+SMALL = ["@toy/toy.args", "--prompts-per-step", "4", "--samples-per-prompt", "4", "--steps", "3"]
+SMALL += ["--eval-every", "0", "--eval-samples", "1", "--save-every", "2"]
+BLOCKED = "import runpy, sys; sys.modules['vllm'] = None; del sys.argv[0]; "
+BLOCKED += "runpy.run_module('tools.without_vllm', run_name='__main__')"
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    words = ["--model", str(BASE), "--data", "none", "--temperature", "0.7"]
+    args = flags.parse_training_args(words)
+    return TransformersSampler(
+        args.model,
+        max_response_tokens=40,
+        temperature=args.temperature,
+        config_overrides=overrides_of(args),
+        end_token_ids=[1],
+    )
+
+
+def prompts_of(sampler):
+    return [sampler.tokenizer(text).input_ids for text in ("8+8\n", "123+4567\n", "9+1\n")]
+
+
+def test_log_probabilities_are_those_of_each_response_alone(sampler):
+    prompts = prompts_of(sampler)
+    groups = sampler.generate(prompts, [5, 6, 7], n=4)
+    assert [len(group) for group in groups] == [4, 4, 4]
+    off = []
+    for prompt, group in zip(prompts, groups):
+        for response in group:
+            ids = torch.tensor([prompt + response.ids])
+            with torch.no_grad():
+                logits = sampler.lm(ids).logits[0, len(prompt) - 1 : -1]
+            for temperature in (0.7, 1.0):  # the second is the negative control
+                logp = (logits / temperature).log_softmax(-1)
+                logp = logp.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+                off.append((logp - torch.tensor(response.logp)).abs().max())
+    assert max(off[::2]) < 1e-4 < 1e-2 < max(off[1::2])
+
+
+def test_a_response_ends_at_its_end_token_or_is_truncated(sampler):
+    responses = [r for group in sampler.generate(prompts_of(sampler), [1, 2, 3], 8) for r in group]
+    for r in responses:
+        assert 1 not in r.ids[:-1] and len(r.ids) == len(r.logp) <= 40
+        assert r.truncated == (r.ids[-1] != 1) and (not r.truncated or len(r.ids) == 40)
+    assert {r.truncated for r in responses} == {False, True}
+
+
+def test_samples_depend_on_the_seed(sampler):
+    prompts = prompts_of(sampler)
+    first, same, other = (sampler.generate(prompts, [seed] * 3, 2) for seed in (1, 1, 2))
+    assert first == same != other
+
+
+def test_a_run_comes_to_its_end_and_goes_on(tmp_path):
+    command = [sys.executable, "-c", BLOCKED, "without_vllm", *SMALL, "--out", str(tmp_path / "a")]
+    for more in ([], ["--steps", "4", "--resume"]):
+        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+        assert "Loading weights" not in done.stderr  # the bars of transformers
+    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(row["mismatch/kl"] < 1e-8 for row in rows if "mismatch/kl" in row)
+    assert os.path.exists(tmp_path / "a/final/model.safetensors")
