@@ -43,7 +43,7 @@ class Limits(NamedTuple):
     norm: float  # relative difference between the gradient norms of one rank and of two
 
 
-# A CPU computes in float32. A GPU computes in bfloat16: its limits are estimates, never run.
+# A CPU computes in float32. A GPU computes in bfloat16: its limits are estimates (docs/gpu.md).
 LIMITS = {"CPU": Limits(kl=1e-8, norm=1e-4), "GPU": Limits(kl=1e-2, norm=3e-2)}
 BASE_ACCURACY = 0.27  # of the toy's base model on its held-out problems
 ACCURACY_LIMIT = 0.12  # its standard error over the 192 problems is 0.03
