@@ -385,7 +385,7 @@ def test_the_deadline_is_the_one_that_was_set(tmp_path, monkeypatch):
     with Verifier(workers=1, deadline=0.5, function="mine:hangs") as v:
         started = time.monotonic()
         assert v.score(["a", "b"], ["b", "b"]) == [0.0, 0.0] and v.timeouts == 2
-        assert 1.0 <= time.monotonic() - started < 4.0
+        assert 1.0 <= time.monotonic() - started < 8.0  # the default would take 10 seconds
 
 
 def test_a_function_that_loses_every_answer_stops_the_run(tmp_path, monkeypatch, capfd):
@@ -463,7 +463,7 @@ print(reward("\\boxed{0.5}", "1/2"), reward("\\boxed{9^{9^{9^9}}}", "3"), reward
 print(reward("\\boxed{2}", ["3", "2"]))
 """
     command = [sys.executable, "-c", code]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.stdout == "1.0 0.0 0.0\n1.0\n"
 
 
