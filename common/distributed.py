@@ -49,7 +49,7 @@ def init_process_group():
 
     Raises:
         SystemExit: --master-addr is no address at which other machines can reach this one, or
-            this machine has fewer GPUs than ranks.
+            this machine has fewer GPUs than torchrun has started ranks on it.
     """
     import torch
     import torch.distributed as dist
@@ -85,8 +85,8 @@ def check_gpus(gpus: int) -> None:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if ranks > gpus:
         raise SystemExit(
-            f"error: {ranks} ranks on this machine, and it has {gpus} GPU{'s' * (gpus > 1)}: each "
-            f"rank needs one of its own, so give torchrun --nproc_per_node={gpus}"
+            f"error: torchrun has started {ranks} ranks on this machine, which has {gpus} "
+            f"GPU{'s' * (gpus > 1)}: each rank needs its own, so give --nproc_per_node={gpus}"
         )
 
 

@@ -196,13 +196,13 @@ class Policy(Network):
         logp, entropy = [], []
         for states, tokens in zip(hidden.split(self.chunk), targets.split(self.chunk)):
             # checkpoint: the chunk's logits are computed again in the backward pass, not kept.
-            part = checkpoint(self.head, states, tokens, with_entropy, use_reentrant=False)
+            part = checkpoint(self.of_chunk, states, tokens, with_entropy, use_reentrant=False)
             logp.append(part[0])
             entropy.append(part[1])
         return torch.cat(logp), torch.cat(entropy) if with_entropy else None
 
-    def head(self, hidden: Tensor, targets: Tensor, with_entropy: bool):
-        """(c,) log-probabilities and entropies from (c, D) states and (c,) token ids."""
+    def of_chunk(self, hidden: Tensor, targets: Tensor, with_entropy: bool):
+        """(c,) log-probabilities, and entropies or None, from (c, D) states and (c,) token ids."""
         all_logp = tempered_logits(self.lm, hidden, self.temperature).log_softmax(-1)  # (c, V)
         logp = all_logp.gather(-1, targets[:, None]).squeeze(-1)
         entropy = -(all_logp.exp() * all_logp).sum(-1) if with_entropy else None
@@ -222,7 +222,7 @@ def tempered_logits(lm, hidden: Tensor, temperature: float) -> Tensor:
 def logit_scale(config) -> float:
     """The factor of the output layer's result: 1, except in Cohere, Granite and a few others.
 
-    transformers does it outside of the output layer, under several names.
+    transformers multiplies by it outside of the output layer; configs have several names for it.
     """
     for name in ("logit_scale", "lm_head_multiplier"):
         if getattr(config, name, None):
@@ -231,17 +231,17 @@ def logit_scale(config) -> float:
     return scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
 
 
-def wide_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+def wide_logits(output_layer: torch.nn.Linear, hidden: Tensor) -> Tensor:
     """The output layer's logits (c, V) of states (c, D), in float32 or wider.
 
     On a GPU the operands are bfloat16, but the products are not rounded to bfloat16, which has 3
     digits: the sampler does the same (`rollout.prepare_config`), so that both agree.
     """
     if hidden.dtype != torch.bfloat16:
-        logits = head(hidden)
+        logits = output_layer(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = WideProduct.apply(hidden, head.weight)
-    return logits if head.bias is None else logits + head.bias.float()
+    logits = WideProduct.apply(hidden, output_layer.weight)
+    return logits if output_layer.bias is None else logits + output_layer.bias.float()
 
 
 class WideProduct(torch.autograd.Function):

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import tools.without_vllm
 from common import flags
 from common.data import overrides_of
 from tools.without_vllm import TransformersSampler
@@ -21,9 +24,8 @@ BLOCKED = "import runpy, sys; sys.modules['vllm'] = None; del sys.argv[0]; "
 BLOCKED += "runpy.run_module('tools.without_vllm', run_name='__main__')"
 
 
-@pytest.fixture(scope="module")
-def sampler():
-    words = ["--model", str(BASE), "--data", "none", "--temperature", "0.7"]
+def sampler_of(model):
+    words = ["--model", str(model), "--data", "none", "--temperature", "0.7"]
     args = flags.parse_training_args(words)
     return TransformersSampler(
         args.model,
@@ -34,12 +36,53 @@ def sampler():
     )
 
 
+@pytest.fixture(scope="module")
+def sampler():
+    return sampler_of(BASE)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """Of a tiny Gemma 2, with caps on its scores and on its logits that matter."""
+    folder = tmp_path_factory.mktemp("gemma2")
+    shutil.copytree(BASE, folder, dirs_exist_ok=True)
+    config = AutoConfig.for_model(
+        "gemma2",
+        vocab_size=262,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=5,
+        attn_logit_softcapping=0.5,
+        final_logit_softcapping=3.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.5)
+    lm.save_pretrained(folder)
+    return sampler_of(folder)
+
+
 def prompts_of(sampler):
     return [sampler.tokenizer(text).input_ids for text in ("8+8\n", "123+4567\n", "9+1\n")]
 
 
-def test_log_probabilities_are_those_of_each_response_alone(sampler):
+@pytest.mark.parametrize("model", ["sampler", "gemma"])
+def test_log_probabilities_are_those_of_each_response_alone(model, request):
+    sampler = request.getfixturevalue(model)
     prompts = prompts_of(sampler)
+    lm = AutoModelForCausalLM.from_pretrained(
+        sampler.lm.name_or_path, dtype=torch.float32, attn_implementation="eager"
+    )
     groups = sampler.generate(prompts, [5, 6, 7], n=4)
     assert [len(group) for group in groups] == [4, 4, 4]
     off = []
@@ -47,7 +90,7 @@ def test_log_probabilities_are_those_of_each_response_alone(sampler):
         for response in group:
             ids = torch.tensor([prompt + response.ids])
             with torch.no_grad():
-                logits = sampler.lm(ids).logits[0, len(prompt) - 1 : -1]
+                logits = lm(ids).logits[0, len(prompt) - 1 : -1]
             for temperature in (0.7, 1.0):  # the second is the negative control
                 logp = (logits / temperature).log_softmax(-1)
                 logp = logp.gather(-1, ids[0, len(prompt) :, None])[:, 0]
@@ -69,6 +112,12 @@ def test_samples_depend_on_the_seed(sampler):
     assert first == same != other
 
 
+@pytest.mark.parametrize("more", [["--plan", "80"], ["--plan"], ["--tensor-parallel", "2"]])
+def test_what_needs_vllm_is_refused(more):
+    with pytest.raises(SystemExit, match=f"^error: {more[0]}: "):
+        tools.without_vllm.main(flags.parse_training_args(["@toy/toy.args", *more]))
+
+
 def test_a_run_comes_to_its_end_and_goes_on(tmp_path):
     command = [sys.executable, "-c", BLOCKED, "without_vllm", *SMALL, "--out", str(tmp_path / "a")]
     for more in ([], ["--steps", "4", "--resume"]):
@@ -77,5 +126,6 @@ def test_a_run_comes_to_its_end_and_goes_on(tmp_path):
         assert "Loading weights" not in done.stderr  # the bars of transformers
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert all(row["mismatch/kl"] < 1e-8 for row in rows if "mismatch/kl" in row)
+    mismatches = [row["mismatch/kl"] for row in rows if "mismatch/kl" in row]
+    assert mismatches and max(mismatches) < 1e-8
     assert os.path.exists(tmp_path / "a/final/model.safetensors")

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.number(parser, "--vocabulary", flags.COUNT, None, "update: words (those of the shape)")
     flags.number(parser, "--sequences", flags.COUNT, 64, "update: sequences, an even number")
     flags.number(parser, "--prompt-tokens", flags.COUNT, 64, "update: tokens of each prompt")
-    about = "update: leave out the plain pass, which needs more memory"
+    about = "update: measure ours alone, where the plain pass does not fit into memory"
     parser.add_argument("--alone", action="store_true", help=about)
     flags.number(parser, "--generate-batch", flags.COUNT, 64, "rollout: batch of generate")
     parser.add_argument("--peer", choices=["trl"], help="step: whose step is measured beside ours")
@@ -349,7 +349,9 @@ def update_benchmark(bench, rest: list[str]) -> None:
         folder = write_random_model(config, folder, device)
         # The learning rate is next to 0, so that every round has the same work.
         rest = ["--model", folder, "--data", "none", "--lr", "1e-12", *rest]
-        args = flags.parse_training_args([*rest, "--max-response-tokens", str(longest)])
+        rest += ["--max-prompt-tokens", str(bench.prompt_tokens)]
+        rest += ["--max-response-tokens", str(bench.lengths[2])]
+        args = flags.parse_training_args(rest)
         show_machine(
             f"update of {bench.shape}: {bench.sequences} sequences of {bench.prompt_tokens} + "
             f"{':'.join(map(str, bench.lengths))} tokens, micro-batches of "

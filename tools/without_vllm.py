@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node=N -m tools.without_vllm [flags of train_hpt.py]
 
-This tries everything but vLLM on a machine that has only torch and transformers: FSDP, NCCL,
-bfloat16, memory, checkpoints. docs/gpu.md says what it has shown on a GPU. It is slow, and a
-response depends on which others are sampled together with it.
+It runs everything but vLLM, on a machine that has the other packages: FSDP, NCCL, bfloat16,
+checkpoints. docs/gpu.md says what it has shown on a GPU. It samples slowly, and a response depends
+on which others are sampled with it. What a run says of the engine's memory, and the commands that
+it prints at its end, are for machines that have vLLM.
 """
 
 from common import flags, terminal
@@ -23,11 +24,15 @@ import train_hpt
 from common import distributed
 from common.model import tempered_logits
 
-BATCH = 512  # responses that are sampled together
+BATCH = 512  # responses that are sampled together: their keys and values must fit into memory
 
 
 def main(args) -> None:
     """Run train_hpt.py with `TransformersSampler` for its sampler."""
+    if args.plan is not None:
+        raise SystemExit("error: --plan: a plan counts vLLM's memory: python train_hpt.py --plan")
+    if args.tensor_parallel != 1:
+        raise SystemExit("error: --tensor-parallel: each rank samples by itself here: leave it out")
     with (
         mock.patch.object(rollout, "check_vllm"),
         mock.patch.object(rollout, "Sampler", TransformersSampler),
@@ -38,19 +43,30 @@ def main(args) -> None:
 
 
 class TransformersSampler:
-    """Has the methods of rollout.Sampler that a training run calls."""
+    """A sampler with those methods of rollout.Sampler that a training run calls."""
 
     tensor_parallel = 1
 
     def __init__(
-        self, model, *, max_response_tokens, temperature, config_overrides, end_token_ids, **unused
+        self,
+        model,
+        *,
+        max_response_tokens,
+        temperature,
+        config_overrides,
+        end_token_ids,
+        trust_remote_code=False,
+        **of_the_engine,
     ):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        config = config_overrides(AutoConfig.from_pretrained(model))
-        lm = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype)
+        code = {"trust_remote_code": trust_remote_code}
+        config = config_overrides(AutoConfig.from_pretrained(model, **code))
+        lm = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, **code)
+        if getattr(config, "attn_logit_softcapping", None):
+            lm.set_attn_implementation("eager")  # transformers' default would drop the soft-cap
         self.lm = lm.to(self.device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer = AutoTokenizer.from_pretrained(model, **code)
         self.max_response_tokens, self.temperature = max_response_tokens, temperature
         self.end_token_ids = end_token_ids
 
@@ -79,6 +95,7 @@ class TransformersSampler:
         with terminal.progress(label, len(wanted)) as part:
             for start in range(0, len(wanted), BATCH):
                 batch = wanted[start : start + BATCH]
+                # The seed of the first serves all; `start` tells batches of one prompt apart.
                 responses += self.sample([prompt for prompt, _ in batch], seed=batch[0][1] + start)
                 part.update(len(batch))
         return [responses[i : i + n] for i in range(0, len(responses), n)]
@@ -87,7 +104,7 @@ class TransformersSampler:
     def sample(self, prompts: list[list[int]], seed: int) -> list[rollout.Rollout]:
         """One response to each of B prompts, token by token."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        longest = max(map(len, prompts))
+        longest = max(map(len, prompts))  # P
         padded = [[0] * (longest - len(p)) + p for p in prompts]  # on the left
         is_token = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
         ids = torch.tensor(padded, device=self.device)  # (B, P), then (B, 1)
