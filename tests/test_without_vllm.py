@@ -18,8 +18,11 @@ from tools.without_vllm import TransformersSampler
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "toy/base"
-SMALL = ["@toy/toy.args", "--prompts-per-step", "4", "--samples-per-prompt", "4", "--steps", "3"]
-SMALL += ["--eval-every", "0", "--eval-samples", "1", "--save-every", "2"]
+SMALL = """
+    --model toy/base --data toy/train.jsonl --max-prompt-tokens 16 --max-response-tokens 64
+    --prompts-per-step 8 --samples-per-prompt 4 --save-every 1 --eval-samples 1
+    --no-gradient-checkpointing
+"""
 BLOCKED = "import runpy, sys; sys.modules['vllm'] = None; del sys.argv[0]; "
 BLOCKED += "runpy.run_module('tools.without_vllm', run_name='__main__')"
 
@@ -119,13 +122,17 @@ def test_what_needs_vllm_is_refused(more):
 
 
 def test_a_run_comes_to_its_end_and_goes_on(tmp_path):
-    command = [sys.executable, "-c", BLOCKED, "without_vllm", *SMALL, "--out", str(tmp_path / "a")]
-    for more in ([], ["--steps", "4", "--resume"]):
+    held_out = (ROOT / "toy/held_out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "held_out.jsonl").write_text("".join(held_out[:8]))
+    words = [*SMALL.split(), "--out", str(tmp_path / "a")]
+    words += ["--eval-data", str(tmp_path / "held_out.jsonl")]
+    command = [sys.executable, "-c", BLOCKED, "without_vllm", *words]
+    for more in (["--steps", "2"], ["--steps", "3", "--resume"]):
         done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
         assert "Loading weights" not in done.stderr  # the bars of transformers
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
     mismatches = [row["mismatch/kl"] for row in rows if "mismatch/kl" in row]
     assert mismatches and max(mismatches) < 1e-8
     assert os.path.exists(tmp_path / "a/final/model.safetensors")
