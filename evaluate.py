@@ -564,12 +564,7 @@ def read_evaluation(path: str) -> Evaluation:
             f"error: --compare {path}: no results.jsonl (of evaluate.py, finished) "
             "and no held_out.jsonl (of train_hpt.py) there"
         )
-    rows = report.read_jsonl(folder / file)
-    if not rows:
-        raise SystemExit(f"error: --compare {path}: {file} is empty")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not {"prompt", "level", "samples", "correct"} <= row.keys():
-            raise SystemExit(f"error: --compare {folder / file}:{number}: no result of a problem")
+    rows = report.read_results(folder / file, "--compare ")
     last_step = rows[-1].get("step")
     results = {}
     for row in rows:

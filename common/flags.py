@@ -183,9 +183,13 @@ class Parser(argparse.ArgumentParser):
         an error names the line.
         """
         try:
-            lines = Path(path).read_text(errors="replace").splitlines()
+            content = Path(path).read_bytes()
+            lines = content.decode("utf-8-sig").splitlines()
         except OSError as error:
             self.error(f"@{path} cannot be read: {error.strerror}")
+        except UnicodeDecodeError as error:
+            line_number = content.count(b"\n", 0, error.start) + 1
+            self.error(f"{path}:{line_number}: this is not UTF-8: save the file in that encoding")
         words = []
         for line_number, line in enumerate(lines, 1):
             self.place = f"{path}:{line_number}: "
@@ -425,8 +429,18 @@ def add_optimisation_flags(parser: Parser) -> None:
     )
 
 
+def check_not_empty(parser: Parser, args: argparse.Namespace) -> None:
+    """End the program if a name is empty, as where a variable of the shell was not set."""
+    for name in ("model", "data", "eval_data", "out", "wandb"):
+        value = getattr(args, name, None)
+        if "" in (value if isinstance(value, list) else [value]):
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is empty: give it a value, or leave it out")
+
+
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
     """End the program if flags of train_hpt.py contradict each other."""
+    check_not_empty(parser, args)
     if args.model is None:
         parser.error("--model is missing: name a Hugging Face directory or a hub id")
     if args.method in GROUP_METHODS and args.samples_per_prompt < 2:
@@ -575,6 +589,7 @@ def evaluation_parser() -> Parser:
 
 def check_evaluation(parser: Parser, args: argparse.Namespace) -> None:
     """Fill in what --paper decides; end the program if flags of evaluate.py contradict."""
+    check_not_empty(parser, args)
     if args.compare:
         if args.model or args.bench or args.data or args.paper:
             parser.error("--compare takes two directories, and --out: nothing is sampled")

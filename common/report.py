@@ -546,8 +546,33 @@ def held_out_metrics(results: list[dict]) -> dict[str, float]:
     return metrics
 
 
-def read_metrics(run) -> dict[str, list]:
-    """Return {metric: [(step, value), ...]} of a run's directory.
+def read_results(path: Path, flag: str = "") -> list[dict]:
+    """Return the results of problems, one per line, of a results.jsonl or held_out.jsonl.
+
+    flag: what an error begins with, as "--compare ".
+
+    Raises:
+        SystemExit: the file is empty, or holds something else.
+    """
+    rows = read_jsonl(path)
+    if not rows:
+        raise SystemExit(f"error: {flag}{path} is empty")
+    for number, row in enumerate(rows, 1):
+        if not _is_result(row):
+            raise SystemExit(f"error: {flag}{path}:{number}: no result of a problem")
+    return rows
+
+
+def _is_result(row) -> bool:
+    """Tell whether a line of a .jsonl file says how often a problem was solved."""
+    if not isinstance(row, dict) or not {"prompt", "level", "samples", "correct"} <= row.keys():
+        return False
+    samples, correct = row["samples"], row["correct"]
+    return isinstance(samples, int) and isinstance(correct, int | float) and samples > 0
+
+
+def read_steps(run) -> list[dict]:
+    """Return the lines of a run's metrics.jsonl, one per step, as dicts.
 
     Raises:
         SystemExit: there is no metrics.jsonl, or it holds something else.
@@ -557,15 +582,25 @@ def read_metrics(run) -> dict[str, list]:
         raise SystemExit(
             f"error: {run}: no metrics.jsonl there; give the output directory of a run"
         )
-    series = {}
-    for number, row in enumerate(read_jsonl(path), 1):
-        if not isinstance(row, dict) or "step" not in row:
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise SystemExit(f"error: {path}:{number}: no metrics of a step")
+        for name, value in row.items():
+            if not isinstance(value, int | float | None):
+                raise SystemExit(f"error: {path}:{number}: {name} is no number")
+    if not rows:
+        raise SystemExit(f"error: {path}: no step in it yet")
+    return rows
+
+
+def read_metrics(run) -> dict[str, list]:
+    """Return {metric: [(step, value), ...]} of a run's directory; SystemExit as in `read_steps`."""
+    series = {}
+    for row in read_steps(run):
         for name, value in row.items():
             if value is not None:
                 series.setdefault(name, []).append((row["step"], value))
-    if not series:
-        raise SystemExit(f"error: {path}: no step in it yet")
     return series
 
 

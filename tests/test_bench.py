@@ -95,6 +95,12 @@ def test_wrong_lengths_get_a_sentence(text, capsys):
     )
 
 
+@pytest.mark.parametrize("word", ["--model=m", "--data", "--plan", "@toy/toy.args"])
+def test_update_refuses_what_it_makes_itself(word):
+    with pytest.raises(SystemExit, match=f"random sequences: leave out {word.split('=')[0]}$"):
+        bench.main(["update", word, "80"])
+
+
 def test_sides_take_turns_in_alternating_order():
     calls = []
     results = bench.take_turns(2, {name: lambda name=name: calls.append(name) for name in "ab"})

@@ -38,6 +38,9 @@ def step(rollouts=0, demo_tokens=0, seconds=1.0, reward=0.0, **more):
     } | more
 
 
+RESULT = {"prompt": "q", "level": 5, "samples": 4, "correct": 1}
+
+
 @pytest.fixture
 def comparison(tmp_path):
     """Three seeds of SFT, two of GRPO and HPT, one of SFT -> GRPO; longer sums, many samples."""
@@ -66,10 +69,35 @@ def comparison(tmp_path):
         evaluations = {0: (0, 0, 0), 60: after}
         write_run(comparison.directory(label, seed), evaluations, steps, number_of_steps=60)
     for label, correct in (("base", 1), ("HPT", 4)):
-        results = [{"prompt": "q", "level": 5, "samples": 4, "correct": correct}]
+        results = [RESULT | {"correct": correct}]
         comparison.pass_directory(label).mkdir()
         report.write_results(comparison.pass_directory(label) / "results.jsonl", results)
     return comparison
+
+
+@pytest.mark.parametrize("text", ["", "[1]\n", '{"foo": 1}\n'])
+def test_a_run_without_results_is_not_finished(comparison, text):
+    (comparison.directory("SFT", 0) / "held_out.jsonl").write_text(text)
+    table = cells(compare.write_report(comparison, seeds=3))[0]
+    assert [row[1] for row in table if row[0] == "SFT"] == ["2"]
+
+
+@pytest.mark.parametrize(
+    "name, text, sentence",
+    [
+        ("SFT", '{"foo": 1}\n{"step": 30}\n', "held_out.jsonl:1: no result of a problem"),
+        ("pass", "", "results.jsonl is empty"),
+        ("pass", '{"samples": 4}\n', "results.jsonl:1: no result of a problem"),
+    ],
+)
+def test_a_broken_file_is_named(comparison, name, text, sentence):
+    folder = comparison.directory("SFT", 0)
+    file = folder / "held_out.jsonl"
+    if name == "pass":
+        file = comparison.pass_directory("HPT") / "results.jsonl"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=sentence):
+        compare.write_report(comparison, seeds=3)
 
 
 def cells(text):
@@ -263,7 +291,7 @@ def commands(monkeypatch):
         else:
             out.mkdir()
             samples = int(words[words.index("--samples") + 1])
-            report.write_results(out / "results.jsonl", [{"samples": samples, "correct": 1}])
+            report.write_results(out / "results.jsonl", [RESULT | {"samples": samples}])
 
     monkeypatch.setattr(compare, "call", call)
     return done

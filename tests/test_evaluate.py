@@ -587,10 +587,12 @@ def test_settings_that_differ_are_listed(tmp_path):
         ("longer", r"held out is not the same problems in .*a \(2 of them\) and in .*longer \(3\)"),
         ("other", "no benchmark in common: .*a has held out; .*other has other"),
         ("none", r"none: no results.jsonl \(of evaluate.py, finished\) and no held_out.jsonl"),
-        ("empty", "empty: results.jsonl is empty"),
+        ("empty", "empty/results.jsonl is empty"),
         ("cut", "is not the same problems"),  # half a line at the end is none
         ("foreign", r"foreign/results.jsonl:2: no result of a problem"),
         ("list", r"list/results.jsonl:1: no result of a problem"),
+        ("no samples", r"no samples/results.jsonl:2: no result of a problem"),
+        ("words", r"words/results.jsonl:1: no result of a problem"),
         ("settings", r"settings/results.json: broken, or of another program"),
     ],
 )
@@ -606,6 +608,11 @@ def test_what_cannot_be_compared(tmp_path, name, sentence):
     report.append_jsonl(tmp_path / "foreign/results.jsonl", [{"benchmark": "x", "score": 1}])
     write_evaluation(tmp_path / "list", [])
     report.append_jsonl(tmp_path / "list/results.jsonl", [[1, 2]])
+    result = {"prompt": "q", "level": None, "samples": 0, "correct": 0}
+    write_evaluation(tmp_path / "no samples", [1])
+    report.append_jsonl(tmp_path / "no samples/results.jsonl", [result])
+    write_evaluation(tmp_path / "words", [])
+    report.append_jsonl(tmp_path / "words/results.jsonl", [result | {"samples": "many"}])
     write_evaluation(tmp_path / "settings", [1, 2])
     (tmp_path / "settings/results.json").write_text('{"other": 1}')
     with pytest.raises(SystemExit, match=f"error: .*{sentence}"):

@@ -365,6 +365,35 @@ def test_a_bad_line_is_named_by_file_and_line(refuse, tmp_path, line, sentence):
     refuse(train, [write(tmp_path / "a.args", f"--model m\n{line}\n--seed 1\n")], sentence)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "--model m\n--system-prompt 'Löse'\n".encode("latin-1"),
+        "--model m\n--system-prompt 'Löse'\n".encode("utf-16")[2:],
+    ],
+)
+def test_a_file_in_another_encoding_is_refused(refuse, tmp_path, content):
+    (tmp_path / "a.args").write_bytes(content)
+    refuse(train, [f"@{tmp_path}/a.args"], "a.args:2: this is not UTF-8: save the file in that")
+
+
+def test_a_file_in_utf8_may_have_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.args").write_bytes("--model m\n--system-prompt Löse\n".encode("utf-8-sig"))
+    args = train(f"@{tmp_path}/a.args")
+    assert (args.model, args.system_prompt) == ("m", "Löse")
+
+
+@pytest.mark.parametrize("name", ["model", "data", "eval-data", "out", "wandb"])
+def test_an_empty_name_is_refused(refuse, name):
+    refuse(train, ["--model", "m", f"--{name}", ""], f"--{name} is empty: give it a value")
+    if name in ("data", "out"):
+        refuse(evaluate, [f"--{name}", ""], f"--{name} is empty: give it a value")
+
+
+def test_an_empty_system_prompt_is_none():
+    assert train("--model", "m", "--system-prompt", "").system_prompt == ""
+
+
 def test_an_error_behind_a_file_does_not_name_the_file(refuse, tmp_path):
     file = write(tmp_path / "a.args", "--model m\n")
     refuse(train, [file, "--steps", "0"], "train_hpt.py: error: argument --steps: must be")

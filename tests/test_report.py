@@ -528,6 +528,9 @@ def test_a_run_without_held_out_problems_closes_with_its_files(tmp_path, capsys)
         (None, "no metrics.jsonl there"),
         ("", "no step in it yet"),
         ("[1]\n", "metrics.jsonl:1: no metrics of a step"),
+        ('{"step": "1"}\n', "metrics.jsonl:1: no metrics of a step"),
+        ('{"step": 1}\n{"step": 2, "x": "high"}\n', "metrics.jsonl:2: x is no number"),
+        ('{"step": 1, "x": [1]}\n', "metrics.jsonl:1: x is no number"),
         ('{"step": 1}\n{\n', "metrics.jsonl:2 cannot be read"),
     ],
 )
@@ -585,6 +588,10 @@ def test_plot_draws_runs_into_one_file(tmp_path, capsys):
     plot.main([str(tmp_path), "--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").read_bytes()[:8] == PNG
     assert capsys.readouterr().out == f"{tmp_path / 'x.png'}\n"
+    for out in (tmp_path, "curves"):  # of neither the name would be that of the picture
+        with pytest.raises(SystemExit):
+            plot.main([str(tmp_path), "--out", str(out)])
+        assert "name a file that ends in .png" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------- evaluation

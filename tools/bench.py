@@ -339,6 +339,13 @@ def update_benchmark(bench, rest: list[str]) -> None:
 
     if bench.sequences % 2:
         raise SystemExit(f"error: --sequences must be even, not {bench.sequences}")
+    refused = [word for word in rest if word.startswith("@")]
+    refused += [flag for flag in ("--model", "--data", "--plan") if flags.has_flag(flag, rest)]
+    if refused:
+        raise SystemExit(
+            "error: update measures random weights of --shape on random sequences: leave out "
+            f"{refused[0]}"
+        )
     bench.lengths = bench.lengths or ("fixed", 256, 256)
     longest = bench.prompt_tokens + bench.lengths[2]
     device = distributed.init_process_group()

@@ -285,7 +285,7 @@ class FinishedRun:
 
 def read_run(folder: Path, seed: int) -> FinishedRun:
     """Read the files of a finished run."""
-    held_out = report.read_jsonl(folder / "held_out.jsonl")
+    held_out = report.read_results(folder / "held_out.jsonl")
     last = held_out[-1]["step"]
     return FinishedRun(
         seed,
@@ -293,7 +293,7 @@ def read_run(folder: Path, seed: int) -> FinishedRun:
         before=[row for row in held_out if row["step"] == 0],
         halfway=[row for row in held_out if 0 < row["step"] < last],
         after=[row for row in held_out if row["step"] == last],
-        steps=[row for row in report.read_jsonl(folder / "metrics.jsonl") if row["step"] > 0],
+        steps=[row for row in report.read_steps(folder) if row["step"] > 0],
     )
 
 
@@ -337,7 +337,8 @@ def write_report(comparison: Comparison, seeds: int) -> str:
 def is_measured(folder: Path, steps: int) -> bool:
     """Tell whether a run has been evaluated after its last step. Its model need not be there."""
     path = folder / "held_out.jsonl"
-    return path.exists() and report.read_jsonl(path)[-1]["step"] == steps
+    rows = report.read_jsonl(path) if path.exists() else []
+    return bool(rows) and isinstance(rows[-1], dict) and rows[-1].get("step") == steps
 
 
 def titles(task: Task) -> list[str]:
@@ -351,7 +352,7 @@ def read_samples(comparison: Comparison) -> dict[str, list[dict]]:
     for label in comparison.task.sampled:
         path = comparison.pass_directory(label) / "results.jsonl"
         if path.exists():
-            samples[label] = report.read_jsonl(path)
+            samples[label] = report.read_results(path)
     return samples
 
 

