@@ -338,7 +338,7 @@ def read_state(folder: Path, networks: list) -> None:
         name, _, moment = key.rpartition("/")
         if name in parameters:  # a moment has the shards of its weight, Adam's count has none
             _, parameter = parameters[name]
-            if len(kind.size) == 0:  # AdamW as a GPU computes it wants its count on the GPU
+            if len(kind.size) == 0:  # the fused AdamW of a GPU wants its count there
                 state[key] = torch.zeros((), device=parameter.device)
             else:
                 state[key] = torch.zeros_like(parameter.detach())
