@@ -107,9 +107,15 @@ def use_packed(lm) -> bool:
         AttentionInterface.register(NAME, packed_attention)
         AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # no mask is made
         lm.set_attn_implementation(NAME)
-    elif getattr(lm.config, "attn_logit_softcapping", None):
-        lm.set_attn_implementation("eager")  # transformers' default would drop the soft-cap
+    else:
+        keep_softcap(lm)
     return can_pack
+
+
+def keep_softcap(lm) -> None:
+    """Let a model cap its attention scores if it should; transformers' default drops the cap."""
+    if getattr(lm.config, "attn_logit_softcapping", None):
+        lm.set_attn_implementation("eager")
 
 
 def rope_types(config) -> set[str]:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import rollout
 import train_hpt
 from common import distributed
+from common.attention import keep_softcap
 from common.model import tempered_logits
 
 BATCH = 512  # responses that are sampled together: their keys and values must fit into memory
@@ -63,8 +64,7 @@ class TransformersSampler:
         code = {"trust_remote_code": trust_remote_code}
         config = config_overrides(AutoConfig.from_pretrained(model, **code))
         lm = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, **code)
-        if getattr(config, "attn_logit_softcapping", None):
-            lm.set_attn_implementation("eager")  # transformers' default would drop the soft-cap
+        keep_softcap(lm)
         self.lm = lm.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model, **code)
         self.max_response_tokens, self.temperature = max_response_tokens, temperature
