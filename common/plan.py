@@ -1,14 +1,16 @@
 """Whether a run fits into memory: an estimate from the model's config, before weights are loaded.
 
-`memory_plan` serves the plan that a run prints, --plan, which prints it and ends, the default of
+It serves the plan that a run prints, --plan, which prints it and ends, the default of
 --gpu-memory-utilization, and how many responses the engine computes at a time.
-docs/performance.md holds its figures for models of 1.5 to 32 billion parameters.
+docs/gpu.md holds its figures for models of 1.5 to 32 billion parameters.
 """
 
 import dataclasses
 import os
 
-from common import data, terminal
+import torch
+
+from common import model
 
 GB = 1e9
 CHUNK = 1024  # tokens to which the output layer is applied at a time (model.Policy)
@@ -18,87 +20,26 @@ ENGINE_ASLEEP = 1.5 * GB  # what of that stays while the engine sleeps
 USABLE = 0.95  # of the memory; the rest is lost to fragments
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class MemoryPlan:
-    """Bytes per rank, and what they are for.
-
-    On a machine without a GPU, the engine never sleeps, and `device` is the host memory per rank.
-    """
+    """Bytes per rank, and what they are for; without a GPU, `device` is the host's memory."""
 
     has_gpu: bool
     device: float  # memory of a rank's device
-    host: float  # memory of the machine per rank
     resident: float  # weights and Adam's moments: always there
-    training: float  # what comes on top while the trainer works
-    engine_weights: float
-    engine_workspace: float
-    cache_per_token: float  # keys and values
-    loading: float  # host memory while the weights are read
+    peak: float  # what a rank's device holds while the trainer works
+    utilization: float  # the engine's share of the GPU, the default of --gpu-memory-utilization
+    cache_tokens: int  # whose keys and values the engine's cache holds beside the trainer
+    concurrent: int  # how many responses the engine should compute at a time
     longest: int  # prompt and response tokens
 
-    @property
-    def peak(self) -> float:
-        """What a rank's device holds while the trainer works."""
-        if self.has_gpu:
-            return self.resident + self.training + CONTEXT + ENGINE_ASLEEP
-        cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1)) * 2**30  # vLLM's setting, in GiB
-        return self.resident + self.training + self.engine_weights + cache
-
-    @property
-    def engine_free(self) -> float:
-        """What the engine may take while it is awake, its cache included."""
-        return max(0.0, USABLE * self.device - CONTEXT - self.resident)
-
-    @property
-    def utilization(self) -> float:
-        """The engine's share of the GPU, the default of --gpu-memory-utilization."""
-        return max(0.05, int(100 * self.engine_free / self.device) / 100)
-
-    @property
-    def cache_tokens(self) -> int:
-        """How many tokens' keys and values the engine's cache holds."""
-        cache = self.engine_free - self.engine_weights - self.engine_workspace
-        return int(max(0.0, cache) / self.cache_per_token)
-
-    @property
-    def concurrent(self) -> int:
-        """How many responses the engine should compute at a time, its --max-num-seqs.
-
-        Responses are on average at half of their length, and most end before the longest. Beyond
-        1024 nothing is gained. Without a GPU 256 was fastest.
-        """
-        if not self.has_gpu:
-            return 256
-        return min(1024, max(8, 2 * self.cache_tokens // self.longest))
-
-    def problems(self) -> list[str]:
-        """Sentences on what does not fit; none if everything does."""
-        found = []
-        if self.peak > USABLE * self.device:
-            found.append(
-                f"a rank needs {self.peak / GB:.1f} GB while the trainer works and has "
-                f"{self.device / GB:.1f}: use more ranks, lower --tokens-per-microbatch, or choose "
-                "a smaller model"
-            )
-        if self.has_gpu and self.cache_tokens < self.longest:
-            found.append(
-                f"the engine has room for {self.cache_tokens:,} tokens beside the trainer and "
-                f"needs {self.longest:,} for one response: use more ranks or --tensor-parallel"
-            )
-        if self.loading > self.host:
-            found.append(
-                f"loading needs {self.loading / GB:.1f} GB of host memory per rank and there are "
-                f"{self.host / GB:.1f}: use fewer ranks per machine"
-            )
-        return found
-
     def lines(self) -> list[str]:
-        """The plan as text."""
+        """The plan as text; what may not fit stands at its end."""
         where = "GPU" if self.has_gpu else "host"
         text = [
             f"memory per rank, estimated: {self.resident / GB:.2f} GB for weights and Adam's "
             f"moments, {self.peak / GB:.2f} GB at the peak of training; the {where} has "
-            f"{self.device / GB:.1f} GB; loading takes {self.loading / GB:.2f} GB of host memory",
+            f"{self.device / GB:.1f} GB"
         ]
         if self.has_gpu:
             text.append(
@@ -107,6 +48,21 @@ class MemoryPlan:
             )
         return text + [f"this may not fit: {problem}" for problem in self.problems()]
 
+    def problems(self) -> list[str]:
+        """Sentences on what does not fit; none if everything does."""
+        found = []
+        if self.peak > USABLE * self.device:
+            found.append(
+                "the peak of training is above the memory: use more ranks, lower "
+                "--tokens-per-microbatch, or choose a smaller model"
+            )
+        if self.has_gpu and self.cache_tokens < self.longest:
+            found.append(
+                f"the engine's cache is too small for a response of {self.longest:,} tokens: use "
+                "more ranks or --tensor-parallel"
+            )
+        return found
+
 
 def show(args, has_critic: bool) -> None:
     """What --plan does: print the plan on rank 0, without loading weights.
@@ -114,19 +70,12 @@ def show(args, has_critic: bool) -> None:
     Raises:
         SystemExit: with status 1 if something does not fit.
     """
-    if int(os.environ.get("RANK", 0)):
-        return
-    config, _ = data.load_config_and_tokenizer(
-        args.model, args.rope_theta, args.max_position_embeddings, args.trust_remote_code
-    )
-    data.check_context(config, args.max_prompt_tokens, args.max_response_tokens)
+    config, _ = model.load_config_and_tokenizer(args)
     plan = memory_plan(args, config, has_critic, args.plan)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    terminal.say(f"{args.method} on {args.model}, {ranks} rank{'s' * (ranks > 1)}")
-    terminal.say("\n".join(plan.lines()))
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join([*plan.lines(), *(["this fits"] if not plan.problems() else [])]))
     if plan.problems():
         raise SystemExit(1)
-    terminal.say("this fits")
 
 
 def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = None) -> MemoryPlan:
@@ -138,64 +87,73 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
         has_critic: PPO trains a second network of the same size.
         gpu_gigabytes: memory of each GPU; this machine's, if there is one, by default.
     """
-    import torch
-
-    ranks = int(os.environ.get("WORLD_SIZE", 1)) // args.replicas  # that share the weights
-    host = host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = host
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    has_gpu = bool(gpu_gigabytes) or torch.cuda.is_available()
     if gpu_gigabytes:
         device = gpu_gigabytes * GB
-    elif torch.cuda.is_available():
+    elif has_gpu:
         device = torch.cuda.get_device_properties(0).total_memory
-    has_gpu = bool(gpu_gigabytes) or torch.cuda.is_available()
-    number = 2 if has_gpu else 4  # bytes of a number in which trainer and engine compute
-
-    total, block, outside = count_parameters(config, args.trust_remote_code)
-    networks = 2 if has_critic else 1
-    gathered = 2 * block + outside  # FSDP holds a block, fetches the next, and keeps the rest
-    tokens = max(args.tokens_per_microbatch, args.max_prompt_tokens + args.max_response_tokens)
-    config = config.get_text_config()  # of a model that also sees pictures
-    width, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    inside_a_block = tokens * (12 * width + 4 * inner) * number  # kept for its backward pass
-    layers = config.num_hidden_layers
-    if args.gradient_checkpointing:
-        activations = layers * tokens * width * number + inside_a_block
     else:
-        activations = layers * inside_a_block
-    copies = 5 if args.entropy_coef else 3  # in float32: logits, exponentials, gradient, ...
-    logits = copies * CHUNK * config.vocab_size * 4
-    gradients = 4 * total / ranks
-    gradients_of_a_block = (number + 4) * max(block, outside)  # before they are reduced
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        device = host / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    number = 2 if has_gpu else 4  # bytes of a number in which trainer and engine compute
+    longest = args.max_prompt_tokens + args.max_response_tokens
 
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    total, block, outside = count_parameters(config)
+    resident = (2 if has_critic else 1) * 12 * total / ranks
+    training = training_bytes(args, config, total / ranks, block, outside, number)
+    text = config.get_text_config()  # of a model that also sees pictures
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache_per_token = 2 * text.num_hidden_layers * kv_heads * head_dim * number
+    weights = total * number / args.tensor_parallel
+
+    if has_gpu:
+        peak = resident + training + CONTEXT + ENGINE_ASLEEP
+        free = max(0.0, USABLE * device - CONTEXT - resident)  # for the engine while it is awake
+        cache = max(0.0, free - weights - ENGINE_WORKSPACE)
+        cache_tokens = int(cache * args.tensor_parallel / cache_per_token)
+        # Responses are on average at half of their length. Beyond 1024 nothing is gained.
+        concurrent = min(1024, max(8, 2 * cache_tokens // longest))
+    else:  # the engine never sleeps; VLLM_CPU_KVCACHE_SPACE is vLLM's setting, in GiB
+        cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1)) * 2**30
+        peak = resident + training + weights + cache
+        free, cache_tokens, concurrent = 0.0, 0, 256  # 256 was fastest
+    utilization = max(0.05, int(100 * free / device) / 100)
     return MemoryPlan(
-        has_gpu=has_gpu,
-        device=device,
-        host=host,
-        resident=networks * 12 * total / ranks,
-        training=gradients + gathered * number + gradients_of_a_block + activations + logits,
-        engine_weights=total * number / args.tensor_parallel,
-        engine_workspace=ENGINE_WORKSPACE if has_gpu else 0.0,
-        cache_per_token=2 * layers * kv_heads * head_dim * number / args.tensor_parallel,
-        loading=total * number + 4 * block,  # one network after the other
-        longest=args.max_prompt_tokens + args.max_response_tokens,
+        has_gpu, device, resident, peak, utilization, cache_tokens, concurrent, longest
     )
 
 
-def count_parameters(config, trust_remote_code: bool = False) -> tuple[int, int, int]:
+def training_bytes(args, config, shard: float, block: int, outside: int, number: int) -> float:
+    """What training takes on top of weights and moments: gradients, activations and logits.
+
+    Args:
+        shard: parameters per rank.
+        block, outside: as `count_parameters` has them.
+        number: bytes of a number in the forward pass.
+    """
+    tokens = max(args.tokens_per_microbatch, args.max_prompt_tokens + args.max_response_tokens)
+    text = config.get_text_config()
+    width, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
+    inside_a_block = tokens * (12 * width + 4 * inner) * number  # kept for its backward pass
+    activations = text.num_hidden_layers * inside_a_block
+    if args.gradient_checkpointing:
+        activations = text.num_hidden_layers * tokens * width * number + inside_a_block
+    copies = 5 if args.entropy_coef else 3  # in float32: logits, exponentials, gradient, ...
+    logits = copies * CHUNK * text.vocab_size * 4
+    gathered = (2 * block + outside) * number  # FSDP holds a block, fetches the next
+    unreduced = (number + 4) * max(block, outside)  # gradients of a block before they are reduced
+    return 4 * shard + gathered + unreduced + activations + logits
+
+
+def count_parameters(config) -> tuple[int, int, int]:
     """(all, those of one block, those outside of the blocks) of a model, from its config alone."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # no memory for the parameters
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        lm = AutoModelForCausalLM.from_config(config)
     total = sum(p.numel() for p in lm.parameters())
     blocks = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or [])]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     return total, max(sizes, default=0), total - sum(sizes)
-
-
-def host_memory() -> float:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -6,12 +6,16 @@ rollouts (rl) and the demonstrations (sft) of one mini-batch it gives
     norm        of the part's gradient
     cosine      between the two gradients
     variance    over prompts: the trace of the sample covariance of the gradients of single prompts
+
+The two norms say how to set c_sft: where they differ by far, one of the two trains alone.
 """
+
+import dataclasses
 
 import torch
 import torch.distributed as dist
 
-from upge import TABLE
+from common.batches import MicroBatch, collate
 
 PARTS = {"rl": "rollout", "sft": "demo"}
 
@@ -32,15 +36,15 @@ def probe(policy, micro_batches, accumulate, counted: dict, prompts: int) -> dic
     """
     metrics, gradients = {}, {}
     for part, data in PARTS.items():
-        of_part = [m for m in micro_batches if TABLE[m.row].data == data]
+        of_part = [m for m in micro_batches if m.row.data == data]
         gradient, squares, count = None, 0.0, counted[part]
         for q in range(prompts):
             own = gradient_of_prompt(policy, of_part, q, accumulate)
             if own is not None:
                 gradient = own if gradient is None else gradient + own
-                squares += over_shards(own.square().sum().item(), policy)
+                squares += over_ranks(own.square().sum().item())
         if gradient is not None:
-            square = over_shards(gradient.square().sum().item(), policy)
+            square = over_ranks(gradient.square().sum().item())
             gradients[part], metrics[f"probe/{part}_norm"] = gradient, square**0.5
         if gradient is not None and count > 1:
             # `gradient` is the sum over prompts of g_q = h_q / N, with h_q the gradient of prompt q
@@ -49,44 +53,44 @@ def probe(policy, micro_batches, accumulate, counted: dict, prompts: int) -> dic
             variance = max(0.0, squares - square / count) / (count - 1)
             metrics[f"probe/{part}_variance"] = prompts**2 * variance
     if all(metrics.get(f"probe/{part}_norm") for part in PARTS):
-        dot = over_shards((gradients["rl"] * gradients["sft"]).sum().item(), policy)
+        dot = over_ranks((gradients["rl"] * gradients["sft"]).sum().item())
         metrics["probe/cosine"] = dot / metrics["probe/rl_norm"] / metrics["probe/sft_norm"]
     return metrics
 
 
-def prompts_without_finite_gradient(network, micro_batches, accumulate) -> set[int]:
-    """The prompts of a mini-batch whose own gradient is not finite; arguments as for `probe`."""
-    last_prompt = max((q for m in micro_batches for q in m.prompt_indices), default=-1)
-    found = set()
-    for q in range(1 + int(over_ranks(last_prompt, dist.ReduceOp.MAX))):
-        own = gradient_of_prompt(network, micro_batches, q, accumulate)
-        if own is not None and over_ranks(not own.isfinite().all()):
-            found.add(q)
-    return found
-
-
-def gradient_of_prompt(policy, micro_batches, q: int, accumulate):
+def gradient_of_prompt(policy, micro_batches: list[MicroBatch], q: int, accumulate):
     """This rank's shard of the gradient of prompt q, flat, or None if no rank has a part of it."""
-    mine = [m.only(q) for m in micro_batches if q in m.prompt_indices]
+    mine = [only(m, q) for m in micro_batches if q in m.prompts]
     passes = int(over_ranks(len(mine), dist.ReduceOp.MAX))
     if passes == 0:
         return None
     # FSDP needs equally many passes on every rank: fill up with micro-batches that weigh nothing.
-    mine += [micro_batches[0].only(None)] * (passes - len(mine))
+    for _ in range(passes - len(mine)):
+        mine.append(collate(micro_batches[0].row, [], micro_batches[0].ids.device))
     accumulate(policy, mine)
     shards = [p.grad.to_local().flatten() for p in policy.parameters() if p.grad is not None]
     policy.zero_grad()
     return torch.cat(shards)
 
 
-def over_shards(x: float, policy) -> float:
-    """A number summed over the shards of a network; each is on as many ranks as it has replicas."""
-    return over_ranks(x) / policy.replicas
+def only(m: MicroBatch, q: int) -> MicroBatch:
+    """The part of a micro-batch that belongs to prompt q."""
+    kept = torch.tensor([prompt == q for prompt in m.prompts], device=m.ids.device)  # (B,) bool
+    lengths = torch.tensor(m.lengths, device=m.ids.device)  # (B,)
+    of_token = kept.repeat_interleave(lengths)  # (T,)
+    of_response = kept[m.seq]  # (M,)
+    cut = {"ids": m.ids[of_token], "is_response": m.is_response[of_token]}
+    for name in ("advantage", "weight", "sampler_logp", "old_logp", "value", "returns"):
+        tensor = getattr(m, name)
+        cut[name] = tensor if tensor is None else tensor[of_response]
+    for name in ("lengths", "response_lengths", "prompts"):
+        cut[name] = [x for x, prompt in zip(getattr(m, name), m.prompts) if prompt == q]
+    cut["seq"] = m.seq[of_response].unique(return_inverse=True)[1]  # 0, 1, ... in their order
+    return dataclasses.replace(m, **cut)
 
 
 def over_ranks(x: float, operation=dist.ReduceOp.SUM) -> float:
     """A number summed over the ranks, or their maximum."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    value = torch.tensor(float(x), dtype=torch.double, device=device)
+    value = torch.tensor(float(x), dtype=torch.double)
     dist.all_reduce(value, operation)
     return value.item()

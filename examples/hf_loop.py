@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upge import TABLE, hpt_gate, upge_loss
+from upge import TABLE, Row, hpt_gate, response_tokens, upge_loss
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
 MODEL, DATA = TOY / "base", TOY / "train.jsonl"  # lines of {"prompt", "answer", "demonstration"}
 PROMPTS, ROLLOUTS = 16, 8  # N prompts per step, n rollouts of each
 L_MAX = 112  # the largest allowed length of a response, in tokens
-GAMMA, SFT_COEF, LR = 0.0, 0.05, 1e-3
+GAMMA, SFT_COEF, LR, TEMPERATURE = 0.0, 0.05, 1e-3, 1.0
 
 
 def main(steps: int = 25) -> None:
@@ -70,7 +70,7 @@ def sample(model, tokenizer, prompts: list[list[int]]) -> list[list[list[int]]]:
     # Sample from the policy itself: a generation_config.json of the model may say otherwise, and by
     # default transformers leaves out all but 50 tokens.
     end = tokenizer.eos_token_id
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
     sampling |= {"repetition_penalty": 1.0, "eos_token_id": end, "pad_token_id": end}
     out = model.generate(**padded, **sampling, max_new_tokens=L_MAX, num_return_sequences=ROLLOUTS)
     responses = []
@@ -81,42 +81,36 @@ def sample(model, tokenizer, prompts: list[list[int]]) -> list[list[list[int]]]:
 
 def hpt_loss(model, prompts: list, rollouts: list, demos: list, R: Tensor) -> tuple[Tensor, float]:
     """HPT's loss of a step with rewards R (N, n), and the share of gated prompts."""
-    alpha, beta = hpt_gate(R.sum(-1), R.shape[1], GAMMA)  # (N,) each: 1 and 0, or 0 and 1
-    A = TABLE["dr_grpo"].advantage(R).tolist()  # (N, n)
-    rl, sft = [], []  # (number of the prompt, prompt, response, advantage)
+    alpha, beta = hpt_gate(R, GAMMA)  # (N,) each: 1 and 0, or 0 and 1
+    A = TABLE["dr_grpo"].advantages(R).tolist()  # (N, n)
+    rl, sft = [], []  # (index of the prompt, prompt, response, advantage)
     for q, prompt in enumerate(prompts):
         if alpha[q]:
             rl += [(q, prompt, response, a) for response, a in zip(rollouts[q], A[q])]
         if beta[q]:
             sft.append((q, prompt, demos[q], 1.0))
-    rl_loss = row_loss(model, "dr_grpo", rl, len(prompts))
-    sft_loss = row_loss(model, "sft", sft, len(prompts))
-    return rl_loss + SFT_COEF * sft_loss, beta.float().mean().item()
+    rl_loss = row_loss(model, TABLE["dr_grpo"], rl, len(prompts))
+    sft_loss = row_loss(model, TABLE["sft"], sft, len(prompts))
+    return rl_loss + SFT_COEF * sft_loss, beta.double().mean().item()
 
 
-def row_loss(model, name: str, sequences: list[tuple], num_prompts: int) -> Tensor:
+def row_loss(model, row: Row, sequences: list[tuple], num_prompts: int) -> Tensor:
     """The loss of a row of upge's table on its B sequences, in a step of `num_prompts` prompts."""
     if not sequences:
         return torch.zeros(())
-    group, prompts, responses, A = zip(*sequences)
-    logp, valid = response_logp(model, prompts, responses)  # (B, T) each
+    index, prompts, responses, A = zip(*sequences)
+    ids = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses)]
+    ids = pad_sequence(ids, batch_first=True)  # (B, S), padded on the right: no mask is needed
+    begin = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
+    lengths = torch.tensor([len(response) for response in responses])  # (B,)
+    place = torch.arange(ids.shape[1])  # (S,)
+    is_response = (begin[:, None] <= place) & (place < (begin + lengths)[:, None])  # (B, S)
+    logp, seq = response_tokens(model(ids).logits, ids, is_response, TEMPERATURE)  # (M,) each
     # Every 1/length, 1/n and 1/N is in the weights, and N counts the prompts of both rows. So the
     # loss is a sum: divide it by nothing.
-    weight = TABLE[name].normaliser(valid.sum(-1), torch.tensor(group), num_prompts, L_MAX)  # (B,)
-    A, old_logp = torch.tensor(A), logp.detach()  # one update per step: pi_old is the policy itself
-    return upge_loss(TABLE[name], logp, valid, A[:, None], weight[:, None], old_logp)[0]
-
-
-def response_logp(model, prompts: list, responses: list) -> tuple[Tensor, Tensor]:
-    """(log pi_theta of every token but the first, whether it belongs to the response): (B, T)."""
-    ids = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses)]
-    ids = pad_sequence(ids, batch_first=True)  # (B, T+1), padded on the right: no mask is needed
-    logits = model(ids).logits[:, :-1].float()  # (B, T, V); those at position i are of token i+1
-    logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T)
-    place = torch.arange(1, ids.shape[1])  # (T,) of these tokens in ids
-    begin = torch.tensor([[len(p)] for p in prompts])  # (B, 1)
-    end = begin + torch.tensor([[len(r)] for r in responses])  # (B, 1)
-    return logp, (begin <= place) & (place < end)
+    weight = row.weights(lengths, torch.tensor(index), num_prompts, L_MAX)  # (B,)
+    old_logp = logp.detach()  # with one update per step, pi_old is the policy itself
+    return upge_loss(row, logp, seq, torch.tensor(A)[seq], weight[seq], old_logp)[0]
 
 
 if __name__ == "__main__":

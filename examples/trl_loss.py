@@ -26,7 +26,8 @@ except ImportError as error:
     raise SystemExit(f"error: {error}: this example needs `pip install trl==1.16.0`") from error
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
-ROWS = [name for name, row in TABLE.items() if row.data == "rollout" and not row.critic]
+# PPO needs a critic, which TRL's trainer has not.
+ROWS = [name for name, row in TABLE.items() if row.data == "rollout" and name != "ppo"]
 
 
 class UpgeTrainer(GRPOTrainer):
@@ -49,13 +50,13 @@ class UpgeTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         lengths = self.accelerator.gather(batch["completion_mask"].sum(-1))  # (B,) of all ranks
         n = self.num_generations
-        group = torch.arange(len(lengths), device=lengths.device) // n  # (B,)
+        prompt = torch.arange(len(lengths), device=lengths.device) // n  # (B,)
         num_prompts = len(lengths) // n
-        weight = self.row.normaliser(lengths, group, num_prompts, self.max_completion_length)
+        weight = self.row.weights(lengths, prompt, num_prompts, self.max_completion_length)
         # The ranks' gradients will be averaged. The batch may serve several optimizer steps.
         updates = self.args.steps_per_generation / self.args.gradient_accumulation_steps
         weight = weight * self.accelerator.num_processes * updates
-        advantage = self.row.advantage(self.rewards.view(-1, n)).flatten()
+        advantage = self.row.advantages(self.rewards.view(-1, n)).flatten()
         own = self.accelerator.process_index * len(inputs)  # where this rank's sequences begin
         batch["advantages"] = advantage[own : own + len(inputs)]
         batch["weight"] = weight[own : own + len(inputs)]
@@ -65,15 +66,18 @@ class UpgeTrainer(GRPOTrainer):
         """The row's loss of one micro-batch."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        valid = inputs["completion_mask"].bool()  # (B, T)
+        is_response = inputs["completion_mask"].bool()  # (B, S) without the prompts
+        # TRL does what response_tokens of upge.py does, at its own temperature: (B, S) each.
         logp, entropy, _ = self._get_per_token_logps_and_entropies(
-            model, ids, mask, valid.shape[1], compute_entropy=self.row.needs_entropy
+            model, ids, mask, is_response.shape[1], compute_entropy=True
         )
         old_logp = inputs.get("old_per_token_logps")
         if old_logp is None:  # the policy has not moved since it sampled
             old_logp = logp.detach()
-        A, weight = inputs["advantages"][:, None], inputs["weight"][:, None]  # (B, 1) each
-        return upge_loss(self.row, logp, valid, A, weight, old_logp, entropy=entropy)[0]
+        logp, old_logp, entropy = (x[is_response].float() for x in (logp, old_logp, entropy))
+        seq = is_response.nonzero()[:, 0]  # (M,)
+        A, weight = inputs["advantages"][seq], inputs["weight"][seq]
+        return upge_loss(self.row, logp, seq, A, weight, old_logp, entropy)[0]
 
 
 def reward(completions: list[str], answer: list[str], **_) -> list[float]:

@@ -1,25 +1,19 @@
-"""examples/: upge.py in other trainers, and the row of one's own in docs/your-own-trainer.md."""
+"""examples/: upge.py in other trainers, gates of one's own, and docs/your-own-trainer.md."""
 
 import ast
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import upge
-from common.metrics import Counts
-from common.model import Policy
-from examples import hf_loop
-from test_upge import ARGS, error, made_up_step, tiny_lm
-from train_hpt import accumulate_gradient, build_micro_batches
-from upge import METHODS, TABLE
+from examples import gates, hf_loop
+from tests.helpers import error, flat_gradient, made_up_step, read, tiny_lm
+from upge import TABLE
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/your-own-trainer.md").read_text()
-
 
 # ----------------------------------------------------------------------- a plain Hugging Face loop
 
@@ -44,76 +38,95 @@ def test_two_steps_of_the_plain_loop(monkeypatch, capsys):
         assert found and all(0 <= float(share) <= 1 for share in found.groups())
 
 
-@pytest.mark.parametrize(
-    "response, right",
-    [
-        (r"1+1+0=2;\boxed{2}", True),
-        (r"\boxed{3}\boxed{2}", True),
-        (r"\boxed{2}\boxed{3}", False),
-        (r"\boxed{22}", False),
-        ("2", False),
-        ("", False),
-    ],
-)
-def test_the_plain_loop_grades_the_last_box(response, right):
-    assert hf_loop.reward(response, "2") == float(right)
+def hpt_gradient_by_hand(step, c_sft=0.05, l_max=32):
+    """HPT's gradient on policy: Dr. GRPO where a rollout is right, c_sft times SFT elsewhere."""
+    lm, objective = tiny_lm(), 0.0
+    for prompt, group, demo, R in zip(*step):
+        if R.max() == 0:
+            objective = objective + c_sft * read(lm, prompt, demo)[0].mean()
+        else:
+            A = (R - R.mean()) / len(R) / l_max
+            for a, response in zip(A, group):
+                objective = objective + a * read(lm, prompt, response)[0].sum()
+    (-objective / len(step.prompts)).backward()
+    return flat_gradient(lm)
 
 
-def gradient_of_plain_loop(prompts):
-    """(flat gradient of hf_loop.hpt_loss, share of gated prompts)."""
-    lm = tiny_lm().float()
-    questions = [p.problem["prompt_ids"] for p in prompts]
-    rollouts = [[r.ids for r in p.rollouts] for p in prompts]
-    demos = [p.problem["demo_ids"] for p in prompts]
-    rewards = torch.tensor([p.rewards for p in prompts])
-    loss, gated = hf_loop.hpt_loss(lm, questions, rollouts, demos, rewards)
+def gradient_of_plain_loop(step):
+    """(the gradient of hf_loop.hpt_loss, the share of gated prompts)."""
+    lm = tiny_lm()
+    loss, gated = hf_loop.hpt_loss(lm, *step)
     loss.backward()
-    return torch.cat([p.grad.flatten() for p in lm.parameters()]), gated
-
-
-def gradient_of_train_hpt(prompts):
-    lm, args, cpu = tiny_lm().float(), SimpleNamespace(**ARGS), torch.device("cpu")
-    micro_batches = build_micro_batches(prompts, METHODS["hpt"], args, cpu, Counts())
-    accumulate_gradient(Policy(lm, temperature=1.0), micro_batches, args, Counts())
-    return torch.cat([p.grad.flatten() for p in lm.parameters()])
+    return flat_gradient(lm), gated
 
 
 @pytest.mark.parametrize("gated", [0, 2, 6])
-def test_the_plain_loop_has_the_gradient_of_train_hpt(monkeypatch, gated):
-    monkeypatch.setattr(hf_loop, "L_MAX", ARGS["max_response_tokens"])
+def test_the_plain_loop_has_the_gradient_of_hpt(monkeypatch, gated):
+    monkeypatch.setattr(hf_loop, "L_MAX", 32)
     got, share = gradient_of_plain_loop(made_up_step(gated))
-    assert error(got, gradient_of_train_hpt(made_up_step(gated))) < 1e-4
+    assert error(got, hpt_gradient_by_hand(made_up_step(gated))) < 1e-5
     assert share == pytest.approx(gated / 6)
 
 
-def shifted(response_logp):
-    """The log-probability of each token in the place of the next."""
-
-    def wrong(*args):
-        logp, valid = response_logp(*args)
-        return logp.roll(1, 1), valid
-
-    return wrong
-
-
 @pytest.mark.parametrize(
-    "name, wrong",
-    [
-        ("L_MAX", ARGS["max_response_tokens"] + 4),
-        ("SFT_COEF", ARGS["sft_coef"] * 10),
-        ("GAMMA", 0.25),
-        ("response_logp", shifted(hf_loop.response_logp)),
-    ],
+    "name, wrong", [("L_MAX", 36), ("SFT_COEF", 0.5), ("GAMMA", 0.25), ("TEMPERATURE", 0.7)]
 )
 def test_a_plain_loop_with_a_mistake_has_another_gradient(monkeypatch, name, wrong):
     """Negative controls of the test above."""
-    monkeypatch.setattr(hf_loop, "L_MAX", ARGS["max_response_tokens"])
+    monkeypatch.setattr(hf_loop, "L_MAX", 32)
     monkeypatch.setattr(hf_loop, name, wrong)
     got, _ = gradient_of_plain_loop(made_up_step(2))
-    assert error(got, gradient_of_train_hpt(made_up_step(2))) > 1e-2
+    assert error(got, hpt_gradient_by_hand(made_up_step(2))) > 1e-2
 
 
-# ------------------------------------------------------------------------------------------ TRL
+# ----------------------------------------------------------------------------- gates of one's own
+
+
+def test_the_smooth_gate_is_p_and_1_less_p():
+    R = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    alpha, beta = gates.smooth(R, step=1)
+    assert alpha.tolist() == [0, 0.25, 1] and beta.tolist() == [1, 0.75, 0]
+
+
+@pytest.mark.parametrize(
+    "constants, by_hand",  # PEAK, VALLEY, WARMUP, DECAY; {step: mu}
+    [
+        # the paper's CHORD-mu: no warm-up, from 0.9 to 0.05 in 200 steps, half of it at step 100
+        ((0.9, 0.05, 0, 200), {100: 0.475, 200: 0.05, 201: 0.05, 10_000: 0.05}),
+        # the example in its code: to 0.5 in 200 steps, then to 0.02 in 400
+        ((0.5, 0.02, 200, 400), {1: 0.0025, 100: 0.25, 200: 0.5, 400: 0.26, 600: 0.02, 601: 0.02}),
+        # a third of the way in time is a quarter of the way down: (1 - cos 60 degrees) / 2
+        ((0.8, 0.4, 3, 3), {1: 0.8 / 3, 2: 1.6 / 3, 3: 0.8, 4: 0.7, 5: 0.5, 6: 0.4}),
+        # the paper's CHORD-phi, and the constants as they are: mu never changes
+        ((0.1, 0.1, 0, 0), {1: 0.1, 2: 0.1, 500: 0.1}),
+        ((0.3, 0.3, 2, 0), {1: 0.15, 2: 0.3, 3: 0.3}),
+    ],
+)
+def test_chords_schedule_by_hand(monkeypatch, constants, by_hand):
+    for name, value in zip(("PEAK", "VALLEY", "WARMUP", "DECAY"), constants):
+        monkeypatch.setattr(gates, name, value)
+    for step, mu in by_hand.items():
+        alpha, beta = gates.chord(torch.zeros(3, 4), step)
+        assert beta.tolist() == pytest.approx([mu] * 3, abs=1e-12)
+        assert alpha.tolist() == pytest.approx([1 - mu] * 3, abs=1e-12)
+
+
+def test_chords_mu_falls_along_a_cosine(monkeypatch):
+    """A negative control of the test above: a line would be elsewhere, except in the middle."""
+    monkeypatch.setattr(gates, "PEAK", 0.9)
+    monkeypatch.setattr(gates, "DECAY", 200)
+    _, beta = gates.chord(torch.zeros(1, 4), 50)
+    assert beta.item() > 0.9 + (0.1 - 0.9) * 50 / 200 + 0.05
+
+
+def test_chord_runs_as_its_recipe_says():
+    assert (gates.PEAK, gates.VALLEY, gates.WARMUP, gates.DECAY) == (0.1, 0.1, 0, 0)
+    lines = (ROOT / "recipes/chord.args").read_text().splitlines()
+    flags = [line for line in lines if not line.startswith("#")]
+    assert flags == ["--method chord", "--gate examples.gates:chord"]
+
+
+# ------------------------------------------------------------------------------------------- TRL
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +136,6 @@ def trl_loss():
     from examples import trl_loss
 
     return trl_loss
-
-
-def made_up_reward(completions, **_):
-    """Something that differs within a group, whatever the model has written."""
-    return [float(i % 3 == 0) for i in range(len(completions))]
 
 
 def trl_trainer(trl_loss, folder, row, **settings):
@@ -147,13 +155,17 @@ def trl_trainer(trl_loss, folder, row, **settings):
     )
     sums = [{"prompt": f"{a}+{a + 2}\n"} for a in range(1, 5)]
     data, base = trl_loss.Dataset.from_list(sums), str(ROOT / "toy/base")
-    trainer = trl_loss.UpgeTrainer(base, made_up_reward, config, data, row=row)
+
+    def reward(completions, **_):  # differs within a group, whatever the model has written
+        return [float(i % 3 == 0) for i in range(len(completions))]
+
+    trainer = trl_loss.UpgeTrainer(base, reward, config, data, row=row)
     trainer.current_gradient_accumulation_steps = 2  # as TRL sets it when it trains
     return trainer
 
 
 def gradient_of_trl(trainer, compute_loss):
-    """Flat gradient of an optimizer step on the trainer's batch; the policy has moved a little."""
+    """The gradient of an optimizer step on the trainer's batch; the policy has moved a little."""
     model = trainer.model.train()
     model.zero_grad()
     if trainer._buffered_inputs is None:
@@ -168,13 +180,13 @@ def gradient_of_trl(trainer, compute_loss):
             inputs["old_per_token_logps"] = logp + 0.3 * torch.sin(1e3 * logp)
     for inputs in trainer._buffered_inputs:
         compute_loss(model, inputs).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+    return flat_gradient(model).clone()
 
 
 SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
 TRLS_OWN = {  # row of the table -> TRL's settings that mean the same
     "grpo": {"loss_type": "grpo"},
-    "dr_grpo": {"loss_type": "dr_grpo"},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
     "gspo": {"loss_type": "grpo"} | SEQUENCE,
 }
@@ -197,61 +209,27 @@ def test_a_row_has_the_gradient_of_trls_own_loss(trl_loss, tmp_path, row):
     assert error(gradient_of_trl(trainer, trainer._compute_loss), wanted) > 1e-2
 
 
-def test_advantages_and_weights_are_those_of_the_row(trl_loss, tmp_path):
-    trainer = trl_trainer(trl_loss, tmp_path, "rloo")
-    gradient_of_trl(trainer, trainer._compute_loss)
-    A = torch.cat([inputs["advantages"] for inputs in trainer._buffered_inputs])
-    wanted = TABLE["rloo"].advantage(trainer.rewards.view(-1, 4)).flatten()
-    assert A.sort().values.tolist() == pytest.approx(wanted.sort().values.tolist())
-    weights = torch.cat([inputs["weight"] for inputs in trainer._buffered_inputs])
-    assert weights.tolist() == pytest.approx([1 / 16 / 12] * 16)
-
-
-@pytest.mark.parametrize("row", ["sft", "luffy_demo", "ppo", "dpo"])
-def test_a_row_that_trl_cannot_train_is_refused(trl_loss, row):
-    with pytest.raises(ValueError, match=f"TRL cannot train the row {row}: choose one of reinf"):
-        trl_loss.UpgeTrainer(row=row)
+def test_a_row_that_trl_cannot_train_is_refused(trl_loss):
+    for row in ("sft", "luffy_demo", "ppo", "dpo"):
+        with pytest.raises(ValueError, match=f"TRL cannot train the row {row}: choose one of re"):
+            trl_loss.UpgeTrainer(row=row)
 
 
 def test_another_row_is_another_word(trl_loss):
-    log = trl_loss.main("gspo", steps=2)
+    log = trl_loss.main("srft", steps=2)
     rewards = [line["reward"] for line in log if "reward" in line]
     assert len(rewards) == 2 and all(0 <= r <= 1 for r in rewards)
 
 
-# ------------------------------------------------------------------------------ a row of your own
+# ------------------------------------------------------------------------- docs/your-own-trainer.md
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-
-
-def test_the_first_program_of_the_page_has_the_gradient_of_dr_grpo():
+def test_the_programs_of_the_page_run():
+    """They end in assertions of their own: a gradient by hand, and a row's own paper."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 2
     names = {}
-    exec(blocks("python")[0], names)
-    per_token = 0.5 / (2 * 2 * 10)  # A / (N G L_max)
-    wanted = torch.zeros(4, 4)
-    wanted[0, :4], wanted[1, :2] = -per_token, per_token  # the second prompt has no advantage
-    assert torch.allclose(names["logp"].grad, wanted)
-
-
-def test_the_row_of_your_own_is_chords():
-    """The page's program, run; it compares itself with the loss written by hand."""
-    names = {}
-    for block in blocks("python"):
+    for block in blocks:
+        assert "assert" in block
         exec(block, names)
-    made, shipped = names["row"], TABLE["chord_demo"]
-    assert made._replace(scale=None) == shipped._replace(scale=None)
-    logp = torch.log(torch.tensor([[0.1, 0.5, 0.8]]))
-    t = upge.Tokens(logp, torch.ones(1, 3), torch.ones(1, 3).bool(), (0.2, 0.2), None, None, None)
-    assert torch.equal(made.scale(t), shipped.scale(t))
-    assert not torch.equal(made.scale(t), TABLE["sft"].scale(t))  # negative control
-
-
-def test_the_lines_of_the_diff_are_in_upge():
-    source = (ROOT / "upge.py").read_text().splitlines()
-    [diff] = blocks("diff")
-    added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
-    assert len(added) > 5
-    for line in added:
-        assert line in source, line
+    assert names["row"] == TABLE["chord_demo"]

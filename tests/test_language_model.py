@@ -1,34 +1,21 @@
 """A real language model of 135 M parameters: two steps of HPT, an evaluation, its checkpoint.
 
 The model comes from a Python package (toy/smollm2.py), which .ci/run installs. Without the package
-these tests are skipped, and .ci/run fails.
+these tests are skipped.
 """
-
-import json
 
 import pytest
 import torch
-from test_run import metrics, read, run, write_rows
+from programs import ROOT, metrics, read, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toy import smollm2, word_problems
+from toy import smollm2
 
 missing = smollm2.missing_packages()
-pytestmark = pytest.mark.skipif(
-    bool(missing),
-    reason=f"not installed: {', '.join(missing)}; toy/smollm2.py says how to install them",
-)
-RECIPE = f"@{word_problems.FOLDER.parent}/recipes/smollm2-135m-word-problems.args"
+why = f"not installed: {', '.join(missing)}; toy/smollm2.py says how to install them"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=why)]
 LIMIT = 40  # tokens per response
 END = "<|im_end|>"  # with which the chat template of this model ends a message
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The model as a Hugging Face directory."""
-    folder = tmp_path_factory.mktemp("smollm2") / "base"
-    smollm2.main([str(folder)])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +25,29 @@ def easy(tmp_path_factory):
     The base would get none right, and HPT would train on no rollout.
     """
     folder = tmp_path_factory.mktemp("word problems")
-    rows = read(word_problems.FOLDER / "word_problems_train.jsonl")
+    rows = read(ROOT / "toy/word_problems_train.jsonl")
     write_rows(folder / "easy.jsonl", [row for row in rows if row["level"] == "1"][:8])
     (folder / "even.py").write_text("def grade(response, answer): return len(response) % 2 == 0")
     return folder / "easy.jsonl"
 
 
 @pytest.fixture(scope="module")
-def trained(base, easy):
+def trained(easy):
     """The directory of a run of two steps of HPT; each step has all of the problems."""
-    out = easy.parent / "run"
-    flags = [RECIPE, "--model", base, "--data", easy, "--eval-data", easy, "--eval-every", 0]
+    base, out = easy.parent / "base", easy.parent / "run"
+    smollm2.main([str(base)])
+    flags = [f"@{ROOT}/recipes/smollm2-135m-word-problems.args", "--model", base, "--data", easy]
+    flags += ["--eval-data", easy, "--eval-every", 0, "--eval-samples", 1]
     flags += ["--steps", 2, "--minibatches-per-step", 1, "--warmup-steps", 0, "--lr", 1e-4]
-    flags += ["--gamma", 0.5, "--samples-per-prompt", 3, "--reward", "even:grade"]
-    flags += ["--max-response-tokens", LIMIT]
+    flags += ["--prompts-per-step", 8, "--samples-per-prompt", 3, "--max-response-tokens", LIMIT]
+    flags += ["--gamma", 0.5, "--reward", "even:grade"]
     run("train_hpt.py", *flags, "--out", out, ranks=1, folder=easy.parent)
     return out
 
 
 def test_sampler_and_trainer_agree(trained):
     divergences = [row["mismatch/kl"] for row in metrics(trained) if "mismatch/kl" in row]
-    assert divergences and max(divergences) < 1e-6
-    assert max(divergences) > 0  # both have computed something
+    assert divergences and 0 < max(divergences) < 1e-6  # both have computed something
 
 
 def test_both_parts_of_hpt_are_trained_and_the_loss_of_the_demonstrations_falls(trained):
@@ -76,7 +64,7 @@ def test_responses_end_where_the_chat_template_ends_a_message(trained):
     assert responses and not any(END in response for response in responses)
 
 
-def test_the_checkpoint_continues_text_in_transformers(trained):
+def test_the_checkpoint_continues_text_in_transformers_and_in_vllm(trained, easy):
     tokenizer = AutoTokenizer.from_pretrained(trained / "final")
     model = AutoModelForCausalLM.from_pretrained(trained / "final", dtype=torch.float32)
     chat = [{"role": "user", "content": "Ben has 3 apples. Ben finds 4 more. How many apples?"}]
@@ -86,13 +74,10 @@ def test_the_checkpoint_continues_text_in_transformers(trained):
     made = model.generate(**prompt, max_new_tokens=LIMIT, do_sample=False)[0]
     response = tokenizer.decode(made[prompt["input_ids"].shape[1] :])
     assert "\\boxed{" in response and response.endswith(END)
-
-
-def test_the_checkpoint_continues_text_in_vllm(trained, easy):
     out = easy.parent / "evaluation"
     flags = ["--model", trained / "final", "--data", easy, "--samples", 1, "--temperature", 0]
     flags += ["--system-prompt", "Solve the problem.", "--max-response-tokens", LIMIT]
     run("evaluate.py", *flags, "--out", out)
-    numbers = json.loads((out / "results.json").read_text())["results"]["easy"]
-    assert numbers["truncated"] == 0 and 10 < numbers["length/mean"] < LIMIT
-    assert numbers["avg@1"][0] > 0  # the base boxes nothing
+    results = read(out / "easy.jsonl")
+    assert not any(row["truncated"] for row in results)
+    assert sum(row["correct"] for row in results) > 0  # the base boxes nothing

@@ -1,98 +1,16 @@
-"""Pages of docs/ against the program: gpu.md's table and thresholds, flags and links of the others.
+"""README.md, docs/*.md and the recipes against the program: flags, links, the table of rows."""
 
-docs/gpu.md's table is what --plan says, its thresholds are those of tools/check_gpu.py.
-"""
-
-import functools
 import re
 
 import pytest
-import test_plan
-import test_recipes
+from programs import ROOT
 
-from common import flags, plan
-from common.report import REPOSITORY
-from tools import check_gpu
+from common import flags
+from upge import METHODS, TABLE
 
-PAGE = (REPOSITORY / "docs/gpu.md").read_text()
-MODELS = {  # name in the table: (its config, the recipe whose flags it has)
-    "Qwen2.5-Math-1.5B": (test_recipes.config_of, "qwen2.5-math-1.5b"),
-    "Qwen2.5-Math-7B": (test_recipes.config_of, "qwen2.5-math-7b"),
-    "Llama-3.1-8B": (test_recipes.config_of, "llama-3.1-8b"),
-    "Qwen2.5-32B": (lambda recipe: test_plan.config_of("32B"), "qwen2.5-math-7b"),
-}
-SIZES = (24, 40, 80, 141)  # GB of the table's last columns
-count_parameters = plan.count_parameters  # before a test replaces it
-
-
-@functools.cache
-def counted(name):
-    """The parameters of a model, which take a second to count."""
-    make, recipe = MODELS[name]
-    return count_parameters(make(recipe))
-
-
-@pytest.fixture
-def plan_of(monkeypatch):
-    """plan_of(model, GPUs, GB, *flags): the plan of a run on one machine of 4 TB."""
-
-    def planned(name, gpus, gigabytes, *words):
-        make, recipe = MODELS[name]
-        monkeypatch.setenv("WORLD_SIZE", str(gpus))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))
-        monkeypatch.setattr(plan, "host_memory", lambda: 4e12)
-        monkeypatch.setattr(plan, "count_parameters", lambda *_: counted(name))
-        args = flags.parse_training_args([f"@{test_recipes.RECIPES / recipe}.args", *words])
-        return plan.memory_plan(args, make(recipe), False, gigabytes)
-
-    return planned
-
-
-LINES = [line for line in PAGE.splitlines() if line.startswith(tuple(f"| {m} " for m in MODELS))]
-SMALL = ("--tokens-per-microbatch", "9216")
-
-
-@pytest.mark.parametrize("line", LINES)
-def test_a_line_of_the_table_is_what_the_plan_says(line, plan_of):
-    name, gpus, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-    whole, small = plan_of(name, int(gpus), 80), plan_of(name, int(gpus), 80, *SMALL)
-    figures = [whole.resident, whole.peak, small.peak, whole.loading]
-    assert [f"{figure / plan.GB:.1f}" for figure in figures] == cells[:4]
-    for gigabytes, cell in zip(SIZES, cells[4:], strict=True):
-        whole, small = (
-            plan_of(name, int(gpus), gigabytes),
-            plan_of(name, int(gpus), gigabytes, *SMALL),
-        )
-        says = f"9,216: {small.concurrent}" if not small.problems() else "no"
-        assert cell == (str(whole.concurrent) if not whole.problems() else says)
-
-
-def test_the_table_has_every_model_on_1_2_and_8_gpus():
-    assert len(LINES) == 3 * len(MODELS)
-
-
-def test_engines_that_are_shared_have_room_for_more(plan_of):
-    shared = plan_of("Qwen2.5-32B", 8, 141, "--tensor-parallel", "2")
-    text = " ".join(PAGE.split())
-    assert f"GPUs of 141 GB: {shared.concurrent} responses per engine" in text
-
-
-def test_the_thresholds_are_those_of_the_program():
-    cells = dict(re.findall(r"^\| (.+?) \| (.+) \|$", PAGE, re.MULTILINE))
-    of = check_gpu.LIMITS
-    kl = cells["`mismatch/kl` in each step that trains on rollouts"]
-    assert kl == "1e-2 (an estimate) | 1e-8" and (of["GPU"].kl, of["CPU"].kl) == (1e-2, 1e-8)
-    norm = cells["gradient norm of SFT, one rank and two"]
-    assert norm == "3% (an estimate) | 0.01%" and (of["GPU"].norm, of["CPU"].norm) == (3e-2, 1e-4)
-    accuracy = cells["accuracy of the base model on them"].split(" | ")[0]
-    assert accuracy == f"{check_gpu.BASE_ACCURACY} ± {check_gpu.ACCURACY_LIMIT}"
-    assert f"R{check_gpu.OLDEST_DRIVER} or later" in cells["driver"]
-    assert cells["C library"].startswith(f"glibc {'.'.join(map(str, check_gpu.OLDEST_GLIBC))}")
-
-
-# ------------------------------------------------------------------------------- flags and links
-
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+FILES = [*PAGES, *sorted((ROOT / "recipes").glob("*.args")), ROOT / "toy/toy.args"]
 FLAGS = {
     name
     for parser in (flags.training_parser(), flags.evaluation_parser())
@@ -101,13 +19,20 @@ FLAGS = {
 }
 FLAGS |= {
     name
-    for path in (REPOSITORY / "tools").glob("*.py")
+    for path in (ROOT / "tools").glob("*.py")
     for name in re.findall(r'"(--[a-z-]+)"', path.read_text())
 }
 OF_OTHERS = {
     # torchrun
     *("--nproc_per_node", "--nnodes", "--node-rank", "--master-addr", "--max-restarts"),
-    *("--shutdown-timeout", "--rdzv-backend", "--rdzv-conf", "--local-addr"),
+    *(
+        "--shutdown-timeout",
+        "--rdzv-backend",
+        "--rdzv-conf",
+        "--rdzv-endpoint",
+        "--local-addr",
+        "--standalone",
+    ),
     # pip, docker, gcc
     *("--no-deps", "--extra-index-url", "--gpus", "--ipc", "--version"),
 }
@@ -117,9 +42,9 @@ def missing_flags(text):
     return set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", text)) - FLAGS - OF_OTHERS
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_flag_of_a_page_exists(page):
-    assert not missing_flags(page.read_text())
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_flag_of_a_page_exists(path):
+    assert not missing_flags(path.read_text())
     assert missing_flags("`--prompts-per-stp 3`") == {"--prompts-per-stp"}  # negative control
 
 
@@ -140,11 +65,34 @@ def test_every_link_of_a_page_leads_somewhere(page):
         assert not anchor or anchor in anchors(linked.read_text()), target
 
 
-def test_every_file_and_name_of_the_questions_exists():
-    text = (REPOSITORY / "docs/faq.md").read_text()
-    for path in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt))`", text):
-        assert (REPOSITORY / path).exists(), path
-    sources = "".join(path.read_text() for path in REPOSITORY.glob("*.py"))
-    for name in ("hpt_gate", "apply_gate", "sequences_of_prompt", "build_sequences", "check_vllm"):
-        assert f"`{name}`" in text or f".{name}`" in text
-        assert f"def {name}(" in sources
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_program_of_a_page_exists(page):
+    for path in re.findall(r"`((?:\w+/)*\w+\.(?:py|args))`", page.read_text()):
+        assert list(ROOT.glob(f"**/{path}")), path
+    for name in re.findall(r"python -m ((?:tools|toy)\.[a-z_0-9]+)\b", page.read_text()):
+        assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
+
+
+def cells_of(line):
+    """The cells of a line of a table, without the bars' backslashes."""
+    cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+    return [cell.strip().replace("\\|", "|") for cell in cells]
+
+
+def test_the_readmes_table_of_rows_is_upges():
+    start = README.index("| row | data |")
+    lines = README[start:].partition("\n\n")[0].splitlines()
+    rows = {name: cells for name, *cells in map(cells_of, lines[2:])}
+    wanted = {}
+    for name, row in TABLE.items():
+        A = f"({row.advantage}) * {row.scale}" if row.scale else row.advantage
+        wanted[name] = [row.data, row.stable, row.pi_ref, A, row.normaliser]
+    assert rows == wanted
+
+
+def test_the_readme_names_every_method():
+    start = README.index("| method | rollouts |")
+    table = README[start:].partition("\n\n")[0].splitlines()[2:]
+    assert {name for line in table for name in re.findall(r"`(\w+)`", cells_of(line)[0])} == {
+        *METHODS
+    }

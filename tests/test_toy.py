@@ -1,55 +1,35 @@
-"""toy/: the shipped files are what toy/make.py makes, and toy.args names them."""
+"""toy/: the shipped files are what toy/make.py makes, and training on them needs no download."""
 
-import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from programs import BASE, ROOT, read
+from safetensors.torch import load_file
 
 from common import data, flags
 from toy import make
-
-TOY = Path(make.__file__).parent
-
-
-def read(name):
-    return [json.loads(line) for line in (TOY / name).read_text().splitlines()]
 
 
 def test_the_shipped_files_are_those_that_make_writes(tmp_path):
     make.write_data(tmp_path)
     for name in ("train.jsonl", "held_out.jsonl"):
-        assert (tmp_path / name).read_bytes() == (TOY / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (ROOT / "toy" / name).read_bytes()
+    assert make.problems(seed=1)[0] != read(ROOT / "toy/train.jsonl")  # negative control
 
 
-def test_another_seed_gives_other_problems():  # a negative control of the test above
-    assert make.problems(seed=1)[0] != read("train.jsonl")
-
-
-def test_levels_are_numbers_of_digits():
-    for row in read("train.jsonl") + read("held_out.jsonl"):
+def test_levels_answers_and_demonstrations():
+    counts = ({1: 49, 2: 150, 3: 300, 4: 500, 5: 500, 6: 500}, dict.fromkeys(range(1, 7), 32))
+    files = [read(ROOT / "toy" / name) for name in ("train.jsonl", "held_out.jsonl")]
+    for rows, wanted in zip(files, counts):
+        levels = [row["level"] for row in rows]
+        assert {level: levels.count(level) for level in sorted(set(levels))} == wanted
+    rows = sum(files, [])
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    for row in rows:
         a, b = row["prompt"].split("+")
-        assert len(a) == len(b) == row["level"]
-
-
-def test_the_number_of_problems_of_each_level():
-    for name, counts in (
-        ("train.jsonl", {1: 49, 2: 150, 3: 300, 4: 500, 5: 500, 6: 500}),
-        ("held_out.jsonl", dict.fromkeys(range(1, 7), 32)),
-    ):
-        levels = [row["level"] for row in read(name)]
-        assert {level: levels.count(level) for level in sorted(set(levels))} == counts
-
-
-def test_no_problem_is_in_both_files_or_twice():
-    prompts = [row["prompt"] for row in read("train.jsonl") + read("held_out.jsonl")]
-    assert len(set(prompts)) == len(prompts) == 1999 + 192
-
-
-def test_answers_are_sums_and_demonstrations_end_in_them():
-    for row in read("train.jsonl") + read("held_out.jsonl"):
-        a, b = row["prompt"].split("+")
-        assert row["answer"] == str(int(a) + int(b))
+        assert len(a) == len(b) == row["level"] and row["answer"] == str(int(a) + int(b))
         assert row["demonstration"].endswith(f";\\boxed{{{row['answer']}}}")
 
 
@@ -74,20 +54,23 @@ def test_a_wrong_total_is_carried_on():
 
 
 def test_the_shipped_tokenizer_is_the_one_that_make_builds():
-    made, (_, shipped) = make.tokenizer(), data.load_config_and_tokenizer(str(make.BASE))
-    texts = [row["demonstration"] for row in read("held_out.jsonl")]
+    args = SimpleNamespace(model=str(BASE), rope_theta=None, max_position_embeddings=None)
+    made, (_, shipped) = make.tokenizer(), data.load_config_and_tokenizer(args)
+    texts = [row["demonstration"] for row in read(ROOT / "toy/held_out.jsonl")]
     assert shipped(texts)["input_ids"] == made(texts)["input_ids"]
     assert shipped.get_vocab() == made.get_vocab()
     assert shipped.chat_template == made.chat_template
 
 
-def test_the_shipped_model_fits_its_config():
-    config, _ = data.load_config_and_tokenizer(str(make.BASE))
-    data.check_weights(str(make.BASE), config)
-
-
-def test_every_problem_fits_the_limits_of_the_toy():
+def test_the_toy_needs_no_download_and_takes_minutes(monkeypatch):
+    """Its files are in the repository, all problems fit, and its model and its steps are small."""
     args = flags.parse_training_args([])
-    _, tokenizer = data.load_config_and_tokenizer(args.model)
+    for name in (args.model, args.data, args.eval_data):
+        assert Path(name).is_relative_to(ROOT) and Path(name).exists()
+    _, tokenizer = data.load_config_and_tokenizer(args)
+    limits = args.max_prompt_tokens, args.max_response_tokens
     for source, count in ((args.data, 1999), (args.eval_data, 192)):
-        assert len(data.load_fitting_problems(args, source, tokenizer, True)[0]) == count
+        assert len(data.load_problems(args, source, tokenizer, True, *limits)[0]) == count
+    weights = load_file(BASE / "model.safetensors").values()
+    tokens = args.steps * args.prompts_per_step * args.samples_per_prompt * sum(limits)
+    assert sum(w.numel() for w in weights) < 1e6 and tokens < 1.5e6

@@ -1,4 +1,4 @@
-"""Draw the metrics of one or more training runs into one PNG file.
+"""Draw the metrics of one or more training runs into one file.
 
 python -m tools.plot runs/A runs/B --out curves.png
 """
@@ -9,32 +9,19 @@ from pathlib import Path
 from common import curves, report
 
 
-def main(argv=None):
-    """Draw one line per run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", help="output directories of train_hpt.py")
-    parser.add_argument(
-        "--out", default="curves.png", metavar="FILE", help="the picture to write (%(default)s)"
-    )
+def main(argv: list[str] | None = None) -> None:
+    """Draw one line per run, labelled by the name of its directory."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="output directories of train_hpt.py")
+    about = "the picture to write, .png, .pdf or .svg (curves.png)"
+    parser.add_argument("--out", default="curves.png", metavar="FILE", help=about)
     args = parser.parse_args(argv)
-    out = Path(args.out)
-    if not out.suffix:  # matplotlib would add one
-        parser.error(f"--out {out}: name a file that ends in .png, .pdf or .svg")
-    curves.plot({label: [report.read_metrics(run)] for label, run in labels(args.runs)}, out)
-    print(out)
-
-
-def labels(runs):
-    """Return (label, run) pairs: a run is labelled by its name, or by its path if two share it."""
-    names = [Path(run).name for run in runs]
-    pairs = []
-    for name, run in zip(names, runs, strict=True):
-        pairs.append((name if names.count(name) == 1 else run, run))
-    return pairs
+    names = [Path(run).name for run in args.runs]
+    if len(set(names)) < len(names):
+        names = args.runs  # directories that have the same name are labelled by their paths
+    drawn = {name: [report.read_metrics(run)] for name, run in zip(names, args.runs, strict=True)}
+    curves.plot(drawn, args.out)
+    print(args.out)
 
 
 if __name__ == "__main__":

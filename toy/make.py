@@ -78,10 +78,13 @@ def problems(seed: int = 0, counts: dict[int, int] = TRAIN) -> tuple[list[dict],
 
 def write_data(folder: Path) -> None:
     """Write the problems as train.jsonl and held_out.jsonl."""
-    train, held_out = problems()
-    for name, rows in (("train", train), ("held_out", held_out)):
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+    for name, rows in zip(("train", "held_out"), problems()):
+        write_jsonl(folder / f"{name}.jsonl", rows)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Write one row per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def tokenizer():

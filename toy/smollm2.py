@@ -40,7 +40,7 @@ def convert(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Convert the model into the directory that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -54,10 +54,7 @@ def main(argv=None) -> None:
         )
     if folder.exists():
         parser.error(f"{folder} exists already: name another directory")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        parser.error(f"{folder} cannot be made: {error.strerror}")
+    folder.mkdir(parents=True)  # before the conversion, which takes half a minute
     convert(folder)
     print(folder)
 

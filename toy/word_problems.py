@@ -15,11 +15,11 @@ is marked "new wording". No held-out problem has the numbers of a training probl
 Both files are shipped; recipes/smollm2-135m-word-problems.args names them.
 """
 
-import argparse
-import dataclasses
-import json
 import random
 from pathlib import Path
+from typing import NamedTuple
+
+from toy.make import write_jsonl
 
 FOLDER = Path(__file__).resolve().parent
 # level: (operations, digits of each given number)
@@ -29,8 +29,7 @@ TRAIN = {1: 80, 2: 320, 3: 320, 4: 240, 5: 120, 6: 120}
 HELD_OUT = 12  # held-out problems per level and set of wordings
 
 
-@dataclasses.dataclass(frozen=True)
-class Wordings:
+class Wordings(NamedTuple):
     """Ways to tell a problem; one of each is drawn."""
 
     names: tuple[str, ...]
@@ -146,15 +145,9 @@ def problems(seed: int = 0) -> tuple[list[dict], list[dict]]:
 
 def write_data(folder: Path) -> None:
     """Write the problems as word_problems_train.jsonl and word_problems_held_out.jsonl."""
-    train, held_out = problems()
-    for name, rows in (("train", train), ("held_out", held_out)):
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (folder / f"word_problems_{name}.jsonl").write_text("".join(lines))
+    for name, rows in zip(("train", "held_out"), problems()):
+        write_jsonl(folder / f"word_problems_{name}.jsonl", rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()  # --help, and no other argument
     write_data(FOLDER)
