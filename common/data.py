@@ -359,10 +359,12 @@ def tokenize(
             long_demonstrations += 1
         else:
             fitting.append(problem)
-    return fitting, (
-        f"{len(problems) - len(fitting) + odd_rows} left out: {long_prompts} with a longer prompt, "
-        f"{long_demonstrations} with a longer demonstration, {odd} odd"
-    )
+    counts = {"a longer prompt": long_prompts, "a longer demonstration": long_demonstrations}
+    reasons = [
+        f"{count} with {why}" for why, count in (counts | {"odd values": odd}).items() if count
+    ]
+    left_out = len(problems) - len(fitting) + odd_rows
+    return fitting, f"{left_out} left out" + (f": {', '.join(reasons)}" if reasons else "")
 
 
 def ids_of(texts: list[str], tokenizer, **settings) -> list[list[int]]:

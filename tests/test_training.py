@@ -38,11 +38,6 @@ def test_each_epoch_holds_each_problem_once_in_an_order_of_its_own():
     assert sorted(draw([0, 1, 2], 1, 6, seed=0)) == [0, 0, 1, 1, 2, 2]
 
 
-def test_the_order_depends_on_the_seed_alone():
-    assert draw(list(range(99)), 1, 50, seed=0) == draw(list(range(99)), 1, 50, seed=0)
-    assert draw(list(range(99)), 1, 50, seed=0) != draw(list(range(99)), 1, 50, seed=1)
-
-
 def test_minibatches_hold_each_prompt_once_and_differ_by_at_most_one():
     parts, others = (train_hpt.split_prompts(list(range(10)), 3, 0, step) for step in (1, 2))
     assert sorted(sum(parts, [])) == list(range(10)) and parts != others
@@ -104,7 +99,7 @@ class TokenSampler:
         self.calls.append("close")
 
     def generate(self, prompts, seeds, n, with_logp=True):
-        self.calls.append("generate")
+        self.calls.append("generate" if with_logp else "evaluate")
         self.seeds += seeds
         return [responses_of(seed, n) for seed in seeds]
 
@@ -258,13 +253,6 @@ def test_hpts_weights_and_advantages_by_hand():
     assert demo == Sequence([1, 2, 3], [6] * 4, True, 1, 1.0, pytest.approx(0.05 / 2 / 4))
 
 
-@pytest.mark.parametrize("reward", [1.0, 0.0])
-def test_the_offline_arm_weighs_as_one_rollout_and_is_worth_its_own_reward(reward):
-    prompt = one_prompt(0, 1, (0.0, 0.0))._replace(demo_reward=reward)
-    by_row = sequences_of("hpt_off", prompt)
-    assert [(s.weight, s.advantage) for s in by_row["offline"]] == [(1 / 2 / 8, reward)]
-
-
 # ----------------------------------------------------------------------- what is not computed
 
 
@@ -352,12 +340,12 @@ def test_the_old_policy_pass_is_made_only_where_it_is_needed(name, pi_old, wante
     assert tokens_computed(prompts, name, 1, pi_old)[0] == 0
 
 
-@pytest.mark.parametrize("gap, factor", [(0.2, math.exp(0.2)), (-0.2, math.exp(-0.2)), (3, 2.0)])
-def test_tis_multiplies_advantages_by_truncated_importance_weights(gap, factor):
+def test_importance_weights_are_truncated_at_2():
     m = batches.collate(TABLE["grpo"], sequences_of("grpo", SIGNAL)["grpo"], "cpu")
-    advantage, logp = m.advantage, torch.full((5,), -1.0 + gap)  # the sampler says -1
+    advantage, logp = m.advantage, torch.tensor([-1.0, -0.8, -1.2, 2.0, 2.0])  # the sampler: -1
     train_hpt.set_old_policy(m, logp, "tis", Counts())
-    assert torch.equal(m.old_logp, logp) and torch.allclose(m.advantage, advantage * factor)
+    weights = torch.tensor([1.0, math.exp(0.2), math.exp(-0.2), 2.0, 2.0])
+    assert torch.equal(m.old_logp, logp) and torch.allclose(m.advantage, advantage * weights)
 
 
 # ----------------------------------------------------------------------------- learning rates
@@ -500,7 +488,8 @@ class Drawn(NamedTuple):
     tokens: float  # of rollouts per prompt of the mini-batch
 
     @property
-    def P(self):
+    def p(self):
+        """P, the mean reward."""
         return sum(self.R) / len(self.R)
 
     @property
@@ -524,11 +513,11 @@ def luffy_by_hand(q, args):
 
 def hpt_mix_by_hand(q, args):
     """Dr. GRPO, and SFT with offline RL on the demonstration."""
-    alpha, beta = float(q.P > args.gamma), float(q.P <= args.gamma)
+    alpha, beta = float(q.p > args.gamma), float(q.p <= args.gamma)
     if args.gate:
-        alpha, beta = q.P, (1 - q.P) / q.step
+        alpha, beta = q.p, (1 - q.p) / q.step
     sft = args.sft_coef * q.demo.mean() + q.demo_reward * q.shaped / 3 / 8
-    return alpha * q.clipped([r - q.P for r in q.R]) / 3 / 8 + beta * sft
+    return alpha * q.clipped([r - q.p for r in q.R]) / 3 / 8 + beta * sft
 
 
 def dapo_by_hand(q, args):
@@ -536,7 +525,7 @@ def dapo_by_hand(q, args):
     deviation = torch.tensor(q.R).double().std() + 1e-6
     weights = [(old + 3).exp().clamp(max=2.0) if args.pi_old == "tis" else 1 for old in q.old]
     return (
-        q.clipped([w * (r - q.P) / deviation for r, w in zip(q.R, weights)], 0.2, 0.28) / q.tokens
+        q.clipped([w * (r - q.p) / deviation for r, w in zip(q.R, weights)], 0.2, 0.28) / q.tokens
     )
 
 
@@ -648,7 +637,7 @@ def test_a_plain_loop_that_differs_ends_elsewhere(runs, name, change):
 def test_the_sampler_sleeps_while_the_trainer_works(runs):
     step, calls = ["generate", "sleep", "load"], runs["luffy"].sampler["calls"]
     # --eval-every is 0: an evaluation before and one after
-    assert calls == ["sleep", "load", "generate", *step, *step, "generate", "close"]
+    assert calls == ["sleep", "load", "evaluate", *step, *step, "evaluate", "close"]
     assert "generate" not in runs["sft"].sampler["calls"]
     settings = runs["luffy"].sampler["settings"]
     assert settings["temperature"] == 0.7 and settings["end_token_ids"] == [END]
@@ -667,21 +656,10 @@ def test_checkpoints_are_written_when_they_are_due(runs):
         assert {path.parent.name for path in runs[name].out.rglob("model.safetensors")} == wanted
 
 
-def test_the_logged_rate_is_that_of_the_steps_last_update(runs):
-    rates = [line["optim/lr"] for line in runs["sft"].metrics]
-    assert rates == pytest.approx([1e-2 * 2 / 3, 1e-2])
-
-
 def test_gradients_are_probed_when_the_flag_says_so(runs):
     """The weights are those of a plain loop all the same."""
     probed = ["probe/cosine" in line for line in runs["own gate"].metrics]
     assert probed == [False, True]
-
-
-def test_samples_say_what_the_gate_chose(runs):
-    rows = read(runs["alone"].out / "samples.jsonl")
-    assert len(rows) == 6 and {row["trained_on"] for row in rows} == {"rollouts", "demonstration"}
-    assert all((row["trained_on"] == "demonstration") == (row["P"] <= 0.34) for row in rows)
 
 
 def with_signal(step):
