@@ -9,17 +9,21 @@ A step does the following; `main` has the same numbers:
     2. Grade the rollouts: the reward is 1 if the answer is right, else 0.
     3. The gate. P is the mean reward of a prompt's rollouts. If P > gamma, train on the rollouts
        (alpha = 1, beta = 0), else on the prompt's demonstration (alpha = 0, beta = 1).
-    4. Split the prompts into mini-batches. Give each sequence its advantage and its weight.
-    5. Update the policy (FSDP) once per mini-batch of N prompts, with the gradient of
+    4. Deal the prompts into mini-batches, one per update. Give each sequence its advantage and its
+       weight in the loss of its mini-batch of N prompts,
 
            L = (1/N) sum_q [ alpha_q L_RL(q) + c_sft beta_q L_SFT(q) ]
 
-       clipped to a norm of 1, and AdamW with weight decay. Every log-probability, also that of a
-       demonstration, is one of softmax(logits / T), with T the temperature of the sampler.
+       Cut the sequences into micro-batches: what goes through the model together on one rank.
+    5. Compute log pi_old, with the policy before the first update of the step. Then update the
+       policy (FSDP) once per mini-batch, with the gradient of L, clipped to --max-grad-norm, and
+       AdamW with weight decay. Every log-probability, also that of a demonstration, is one of
+       softmax(logits / T), with T the temperature of the sampler: the policy divides by T.
     6. Give the new weights to the sampler. Write metrics, evaluate, save.
 
-L_RL and L_SFT are rows of the table in upge.py. Every rank runs `main`. Everything random depends
-on the seed, the step and the place of a prompt in the step, never on the rank.
+L_RL and L_SFT are rows of the table in upge.py, the ones that METHODS gives to --method. A step is
+a rollout step; an update is a step of the optimizer. Every rank runs `main`. Everything random
+depends on the seed, the step and the place of a prompt in the step, never on the rank.
 """
 
 import common  # noqa: F401 (it quiets other libraries, so it comes before them)
@@ -49,8 +53,9 @@ def main(args) -> None:
     method, gate = METHODS[args.method], load_gate(args)
     inputs = load_inputs(args, method)  # bad models and data fail here, before slow starts
     with reward.Verifier(function=args.reward) as verifier:
-        device, sampler, policy, critic = start(args, method, inputs)
+        device, sampler, policy, critic = start(args, method, inputs)  # in this order: see there
         out, steps_done = open_run(args, method, inputs, policy, critic)
+        # A budget of 1 token leaves each sequence alone, for models that cannot take several.
         budget = args.tokens_per_microbatch if policy.can_pack else 1
         sampler.load(policy.weights())  # wakes the sampler, which `start` has put to sleep
         if inputs.held_out and steps_done == 0:
@@ -74,19 +79,21 @@ def main(args) -> None:
             alpha, beta = apply_gate(gate, rewards, step, method)
             prompts = list(map(Prompt, problems, rollouts, rewards, demo_rewards, alpha, beta))
 
-            # 4. Deal the prompts into mini-batches, and give this rank its micro-batches of each.
-            parts = split_prompts(prompts, args.minibatches_per_step, args.seed, step)
+            # 4. Deal the prompts into mini-batches. All ranks compute all weights; then each takes
+            # its micro-batches. What has A = 0 is left out, and a rank that has fewer micro-batches
+            # than another gets fillers of weight 0, since FSDP's ranks must move together.
+            dealt = split_prompts(prompts, args.minibatches_per_step, args.seed, step)
             minibatches = []
-            for part in parts:
-                by_row = build_sequences(part, method, args.sft_coef, args.max_response_tokens)
-                cut = build_micro_batches(by_row, budget, args.entropy_coef, device, counts)
-                minibatches.append(cut)
+            for batch in dealt:
+                by_row = build_sequences(batch, method, args.sft_coef, args.max_response_tokens)
+                mine = build_micro_batches(by_row, budget, args.entropy_coef, device, counts)
+                minibatches.append(mine)
 
-            # 5. Compute what depends on the weights before the first update; then update.
+            # 5. Compute what the policy before the first update is needed for; then update.
             if critic:
                 value_pass(critic, minibatches, args.gae_gamma, args.gae_lambda, counts)
             old_policy_pass(policy, minibatches[1:], args, counts)
-            probed = probe_gradients(policy, parts[0], minibatches[0], step, args)
+            probed = probe_gradients(policy, dealt[0], minibatches[0], step, args)
             for i, micro_batches in enumerate(minibatches):
                 updates_before = (step - 1) * args.minibatches_per_step + i
                 update(policy, critic, micro_batches, updates_before, args, counts)
@@ -150,7 +157,7 @@ def rollouts_per_prompt(method: Method, samples_per_prompt: int) -> int:
 
 
 def sample_rollouts(sampler, problems: list, step: int, method: Method, args) -> list[list]:
-    """The rollouts of each problem. Each rank samples a share; every rank gets all of them."""
+    """The rollouts of each problem. Each engine samples a share; every rank gets all of them."""
     n = rollouts_per_prompt(method, args.samples_per_prompt)
     if n == 0:
         return [[] for _ in problems]
@@ -191,7 +198,9 @@ def grade_share(verifier, pairs: list[tuple]) -> list[float]:
 
 
 def load_gate(args):
-    """The function (rewards (N, n), step) -> (alpha, beta), (N,) each, of --gate; HPT's without.
+    """The gate: a function (rewards, step) -> (alpha, beta), that of --gate, or else HPT's.
+
+    rewards is float64, a line of n per prompt of the step; alpha and beta have a number per prompt.
 
     Raises:
         SystemExit: it cannot be imported.
@@ -215,7 +224,7 @@ def apply_gate(gate, rewards: list, step: int, method: Method) -> tuple[list, li
     if method.combine != "gate":
         has_rollouts, has_demonstration = method.rollouts is not None, bool(method.demonstration)
         return [float(has_rollouts)] * len(rewards), [float(has_demonstration)] * len(rewards)
-    alpha, beta = gate(torch.tensor(rewards), step)
+    alpha, beta = gate(torch.tensor(rewards, dtype=torch.double), step)
     if alpha.shape != (len(rewards),) or beta.shape != (len(rewards),):
         raise SystemExit(
             f"error: --gate must give alpha and beta for each of {len(rewards)} prompts"
@@ -227,7 +236,7 @@ def apply_gate(gate, rewards: list, step: int, method: Method) -> tuple[list, li
 
 
 def split_prompts(prompts: list, minibatches: int, seed: int, step: int) -> list[list]:
-    """The prompts of a step, shuffled and dealt into mini-batches, which differ by at most one.
+    """The prompts of a step, shuffled and dealt into mini-batches; some may hold one prompt more.
 
     Their number does not depend on the gate. A mini-batch may hold prompts that train on their
     rollouts and prompts that train on their demonstration.
@@ -243,8 +252,9 @@ def build_sequences(
 
         L = (1/N) sum_q [ alpha_q L_RL(q) + c_sft beta_q L_SFT(q) ]
 
-    The weight contains alpha or beta, c_sft and the row's normaliser, 1/N included. Nothing is
-    divided later, so cutting the mini-batch into micro-batches and ranks only splits a sum.
+    The weight contains alpha or beta, c_sft and the row's normaliser, which has 1/N in it (or, in
+    a row with 1/all tokens, the tokens of all sequences that are trained on). Nothing is divided
+    later, so cutting the mini-batch into micro-batches and ranks only splits a sum.
     """
     by_row = {}
     for name in filter(None, (method.rollouts, *method.demonstration)):
@@ -272,8 +282,8 @@ def group_of(
 ) -> list[Sequence]:
     """The group of prompt q, with its advantages; as yet the weight is a coefficient.
 
-    together: the rollouts and the demonstration form one group. A row trains on one kind of its
-    members; advantages and normaliser are over all of them.
+    together: the rollouts and the demonstration form one group, as in LUFFY. A row trains on one of
+    the two kinds of members; advantages and normaliser are over all of them.
     """
     ids = prompt.problem["prompt_ids"]
     group, rewards = [], []
@@ -292,28 +302,30 @@ def group_of(
 
 @torch.no_grad()
 def old_policy_pass(policy, later: list[list[MicroBatch]], args, counts) -> None:
-    """Compute log pi_old for the mini-batches after the first, with the weights before any update.
+    """Compute log pi_old for the mini-batches after the first, with the policy before any update.
 
-    The first mini-batch needs no such pass: its own forward pass gives the same. Nor does a row
-    without pi_old, unless --pi-old tis weighs its advantages, or one whose pi_old is the sampler's.
+    The first mini-batch needs no such pass: its own forward pass gives the same. Nor is one needed
+    where pi_old is the sampler's, or where no formula of the row has pi_old.
     """
     rollout_batches = [m for micro_batches in later for m in micro_batches if m.is_rollouts]
     for m in distributed.progress(rollout_batches, "pi_old"):
-        has_old = m.row.stable != "1" or "pi_old" in m.row.pi_ref
-        if args.pi_old == "sampler" or (args.pi_old == "trainer" and not has_old):
-            m.old_logp = m.sampler_logp  # where no component has pi_old, only a metric reads it
+        row_has_old = m.row.stable != "1" or m.row.pi_ref not in ("1", "pi_theta")
+        if args.pi_old == "sampler" or (args.pi_old == "trainer" and not row_has_old):
+            m.old_logp = m.sampler_logp  # if the row has no pi_old, only policy/approx_kl reads it
             continue
         logp, _ = policy(m.ids, m.is_response, m.lengths)  # (M,)
-        if not m.is_filler:  # it ran all the same: FSDP's ranks call the model equally often
+        if not m.is_filler:  # a filler ran all the same, since FSDP's ranks move together
             set_old_policy(m, logp, args.pi_old, counts)
 
 
 def set_old_policy(m: MicroBatch, logp: torch.Tensor, pi_old: str, counts) -> None:
-    """Set log pi_old from logp (M,), the trainer's with the weights before the first update.
+    """Set log pi_old from logp (M,), the trainer's with the policy before the first update.
 
-    By default log pi_old is the trainer's, as in the authors' code, not the sampler's. "tis" is the
-    trainer's, too, and multiplies A by the importance weight min(pi_trainer/pi_sampler, 2). PPO's
-    whitening comes before, so that importance weights are not whitened.
+    pi_old, the flag, says whose log-probabilities log pi_old is:
+        "trainer"  the trainer's, as in the authors' code
+        "sampler"  those that the sampler reported
+        "tis"      the trainer's, and A is multiplied by the truncated importance weight
+                   min(pi_trainer/pi_sampler, 2), which PPO's whitening (`value_pass`) precedes
     """
     m.old_logp = m.sampler_logp if pi_old == "sampler" else logp
     if pi_old == "tis":
@@ -324,9 +336,9 @@ def set_old_policy(m: MicroBatch, logp: torch.Tensor, pi_old: str, counts) -> No
 def update(policy, critic, micro_batches, updates_before: int, args, counts) -> None:
     """One optimizer step of the policy, and of PPO's critic, on one mini-batch.
 
-    If nothing in the mini-batch has a signal, the gradient is 0, and AdamW still takes the step
-    that its averages of earlier gradients and its weight decay give. The learning rate rises
-    linearly over the warm-up, then it is constant.
+    If all advantages of the mini-batch are 0, so is the gradient, and AdamW still moves the weights
+    by its momentum and its weight decay. The learning rate rises linearly over the warm-up, then it
+    is constant.
     """
     warmed_up = min(1.0, (updates_before + 1) / max(1, args.warmup_steps))
     counts.lr = args.lr * warmed_up
@@ -343,13 +355,14 @@ def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -
     """Add this rank's part of the gradient of L, and of the entropy bonus if there is one.
 
     L is a sum, of which each rank computes some terms. FSDP averages the ranks' parts, so each part
-    is multiplied by the number of ranks.
+    is multiplied by the number of ranks. In the first mini-batch of a step, log pi_old comes from
+    the pass that is made here anyway.
     """
     eps = None if args.clip_eps is None else (args.clip_eps, args.clip_eps)
     for m in distributed.progress(micro_batches, "update"):
         bonus = args.entropy_coef if m.is_rollouts else 0.0
         with_entropy = bonus > 0 or "H" in m.row.scale
-        logp, entropy = policy(m.ids, m.is_response, m.lengths, with_entropy)  # (M,) each
+        logp, entropy = policy(m.ids, m.is_response, m.lengths, with_entropy)  # (M,), (M,) or None
         if m.is_filler:
             loss = 0.0 * logp.sum()  # its backward pass takes part in FSDP's exchanges
             counts.filler_tokens += m.ids.numel()
@@ -373,7 +386,7 @@ def probe_gradients(policy, prompts: list[Prompt], micro_batches, step: int, arg
     """What common/probe.py measures in a mini-batch, if the probe is due at this step; else {}."""
     if args.probe_gradients == 0 or step % args.probe_gradients:
         return {}
-    unused = metrics.Counts()  # what the probe computes is not part of the step
+    unused = metrics.Counts()  # the probe computes copies of micro-batches, beside the step
     accumulate = functools.partial(accumulate_gradient, args=args, counts=unused)
     counted = {"rl": sum(p.alpha > 0 for p in prompts), "sft": sum(p.beta > 0 for p in prompts)}
     return probe.probe(policy, micro_batches, accumulate, counted, len(prompts))

@@ -11,8 +11,9 @@ autograd derives every algorithm from one surrogate loss, whose value means noth
     loss = - sum_t  weight_t * 1_stable,t * A_t * exp(log pi_theta,t - log pi_ref,t)
 
 The gradient flows through the first log pi_theta alone. Where pi_theta stands inside another
-component, it is a mere number. The weight of a token is w, the normaliser of its row, which the
-paper's table leaves out, times a coefficient of yours. Nothing is divided afterwards.
+component, it is a mere number. So with pi_ref = pi_theta the exponential is 1, and its gradient is
+grad log pi_theta. The weight of a token is w, the normaliser of its row, which the paper's table
+leaves out, times a coefficient of yours. Nothing is divided afterwards.
 
 An algorithm is a row of TABLE: it names one formula per component, and the dictionaries above it
 hold the code of each formula. A method (METHODS) says which rows train on a prompt's rollouts and
@@ -20,8 +21,8 @@ on its demonstration. HPT, the paper's algorithm, decides between the two per pr
 
 Tensors are flat, without padding: (M,) has one number per response token, and `seq` (M,) says to
 which of the B sequences, 0 .. B-1, the token belongs. `response_tokens` makes them from a model's
-padded logits. x[seq] turns a value per sequence, (B,), into one per token. One step of HPT on N = 2
-prompts with n = 3 rollouts each, of which one is right:
+padded logits. x[seq] turns a value per sequence, (B,), into one per token. One update of HPT on
+N = 2 prompts with n = 3 rollouts each, of which one is right:
 
     >>> from torch import ones, tensor
     >>> l_max, c_sft = 10, 0.05
@@ -33,26 +34,27 @@ prompts with n = 3 rollouts each, of which one is right:
     >>> seq = torch.arange(6).repeat_interleave(lengths)          # (M,)
     >>> logp = torch.full((18,), -1.0).double().requires_grad_()  # (M,) log pi_theta
     >>> A = row.advantages(R).flatten()                           # (B,)
-    >>> w = alpha[prompt] * row.weights(lengths, prompt, num_prompts=2, l_max=l_max)    # (B,)
-    >>> rl, _ = upge_loss(row, logp, seq, A[seq], w[seq], old_logp=logp.detach())
+    >>> weight = alpha[prompt] * row.weights(lengths, prompt, num_prompts=2, l_max=l_max)    # (B,)
+    >>> rl, _ = upge_loss(row, logp, seq, A[seq], weight[seq], old_logp=logp.detach())
 
     >>> row = TABLE["sft"]                                        # the demonstrations
     >>> prompt, lengths = tensor([0, 1]), tensor([5, 5])
     >>> seq = torch.arange(2).repeat_interleave(lengths)
     >>> demo = torch.full((10,), -2.0).double().requires_grad_()
-    >>> w = c_sft * beta * row.weights(lengths, prompt, num_prompts=2, l_max=l_max)
-    >>> sft, _ = upge_loss(row, demo, seq, ones(10), w[seq])
+    >>> weight = c_sft * beta * row.weights(lengths, prompt, num_prompts=2, l_max=l_max)
+    >>> sft, _ = upge_loss(row, demo, seq, ones(10), weight[seq])
 
     >>> (rl + sft).backward()
-    >>> (60 * logp.grad[[0, 4, 6, 9]]).round(decimals=2).tolist()     # -A, since 60 = N n L_max
+    >>> first = [0, 4, 6, 9]                                      # first tokens of four rollouts
+    >>> (60 * logp.grad[first]).round(decimals=2).tolist()        # -A, since 60 = N n L_max
     [-0.67, 0.33, 0.33, 0.0]
-    >>> (10 * demo.grad[[0, 5]]).round(decimals=2).tolist()           # -c_sft, since 10 = N |y|
+    >>> (10 * demo.grad[[0, 5]]).round(decimals=2).tolist()       # -c_sft, since 10 = N |y|
     [0.0, -0.05]
 
-Micro-batches and ranks: compute the weights from all sequences of the optimizer step, on all ranks,
-before it is cut. Then the gradients of its parts add up. DDP, FSDP and accelerate average over
-ranks: multiply the loss by the number of ranks. accelerator.backward also divides by the number of
-accumulation steps: multiply by it, too.
+Micro-batches and ranks: compute the weights from all sequences of the update, on all ranks, before
+they are dealt into micro-batches; keep each sequence whole. Then the gradients add up. DDP, FSDP
+and accelerate average over ranks: multiply the loss by the number of ranks. accelerator.backward
+also divides by the number of accumulation steps: multiply by it, too.
 """
 
 import math
@@ -84,7 +86,7 @@ class Tokens(NamedTuple):
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of x over the tokens of each token's own sequence."""
-        zeros = x.new_zeros(int(self.seq.max()) + 1)
+        zeros = x.new_zeros(int(self.seq.max()) + 1 if len(x) else 0)
         total = zeros.index_add(0, self.seq, x)
         count = zeros.index_add(0, self.seq, torch.ones_like(x))
         return (total / count)[self.seq]
@@ -112,8 +114,7 @@ def std(R: Tensor) -> Tensor:
 
 def group_sum(x: Tensor, prompt: Tensor) -> Tensor:
     """For each of the B entries of x, the sum of x over the entries of the same prompt."""
-    sums = x.new_zeros(int(prompt.max()) + 1)
-    return sums.index_add(0, prompt, x)[prompt]
+    return torch.bincount(prompt, weights=x)[prompt]
 
 
 # ---- The formulas. The key of a dictionary is the formula, the value is its code.
@@ -121,7 +122,7 @@ def group_sum(x: Tensor, prompt: Tensor) -> Tensor:
 # r     pi_theta/pi_old of a token                  R      reward of a sequence
 # s     geometric mean of r over its sequence       G      sequences in its group
 # H     mean entropy of pi_theta over its sequence  |y|    tokens of a sequence
-# p     pi_theta of a token                         N      prompts of the optimizer step
+# p     pi_theta of a token                         N      prompts of the update
 # g     0.1                                         L_max  the largest allowed |y|
 #
 # A group is the n rollouts of a prompt, or its demonstration alone, or, in LUFFY and SRFT, n-1
@@ -133,17 +134,17 @@ STABLE = {  # 1_stable
     "clip(s)": lambda t: t.clip(t.mean(t.log_r()).exp()),
 }
 LOG_REF = {  # log pi_ref
-    "pi_theta": lambda t: t.logp,  # what remains is the gradient of log pi_theta
-    "pi_old": lambda t: t.need("old_logp"),  # what remains is the gradient of r
-    "1": lambda t: torch.zeros_like(t.logp),  # what remains is the gradient of pi_theta
+    "pi_theta": lambda t: t.logp,  # pi_theta/pi_ref has the gradient of log pi_theta
+    "pi_old": lambda t: t.need("old_logp"),  # ... of r
+    "1": lambda t: torch.zeros_like(t.logp),  # ... of pi_theta
     "max(pi_theta, g)": lambda t: t.logp.clamp(min=math.log(0.1)),  # TrSFT, arXiv 2512.17636
-    # CISPO, arXiv 2506.13585: r is capped and keeps its gradient. Deviation: the paper's Table 1
-    # prints a mask over pi_old, which would drop the gradient of a capped token.
+    # CISPO, arXiv 2506.13585: r is capped from above and keeps its gradient. Deviation: the paper's
+    # Table 1 prints a mask over pi_old, which would drop the gradient of a capped token.
     "max(pi_old, pi_theta/(1+eps))": lambda t: torch.maximum(
         t.need("old_logp"), t.logp - math.log1p(t.eps[1])
     ),
     "pi_theta/s": lambda t: t.logp - t.mean(t.log_r()),  # GSPO, arXiv 2507.18071
-    # LUFFY, arXiv 2504.14945: what remains is the gradient of f(pi) = pi/(pi+g).
+    # LUFFY, arXiv 2504.14945: ... of f(pi) = pi/(pi+g).
     "(pi_theta+g)^2/g": lambda t: 2 * (t.logp.exp() + 0.1).log() - math.log(0.1),
 }
 SCALE = {  # a factor of A that depends on pi_theta
@@ -198,7 +199,7 @@ class Row(NamedTuple):
         """w of each sequence's tokens, (B,) float64.
 
         Args:
-            lengths: (B,) response tokens of all sequences of the optimizer step, on all ranks.
+            lengths: (B,) response tokens of all sequences of the update, on all ranks.
             prompt: (B,) int64, the prompt that each sequence answers, 0 .. num_prompts-1.
             num_prompts: N. It counts the prompts that train on the other kind of data, too.
             l_max: the largest allowed length of a response.
@@ -243,22 +244,22 @@ class Method(NamedTuple):
     """Which rows a method trains on a prompt's rollouts and on its demonstration."""
 
     rollouts: str | None
-    demonstration: dict[str, str]  # {row: what it weighs beside the rollouts}; the losses add up
+    demonstration: dict[str, str]  # {row: its coefficient, "1", "c_sft" or "1/n"}; losses add up
     combine: str | None = None  # "gate": (alpha, beta) per prompt; "group": both form one group
 
 
 METHODS = {
+    "hpt":     Method("dr_grpo", {"sft": "c_sft"},                     "gate"),
+    # The paper's ablation. Mix/ON: offline RL and SFT on the demonstration. OFF/ON: offline RL
+    # alone. As the authors ran it, it weighs as one rollout of n.
+    "hpt_mix": Method("dr_grpo", {"sft": "c_sft", "offline": "1/n"},   "gate"),
+    "hpt_off": Method("dr_grpo", {"offline": "1/n"},                   "gate"),
+    "chord":   Method("grpo",    {"chord_demo": "1"},                  "gate"),  # by a schedule
+    "luffy":   Method("luffy",   {"luffy_demo": "1"},                  "group"),
+    "srft":    Method("srft",    {"srft_sft": "1", "luffy_demo": "1"}, "group"),
     **{name: Method(None, {name: "1"}) for name in ("sft", "dft", "trsft")},
     **{name: Method(name, {}) for name in ("reinforce", "rloo", "maxrl", "ppo", "grpo", "dr_grpo")},
     **{name: Method(name, {}) for name in ("dapo", "cispo", "gspo")},
-    "luffy":   Method("luffy",   {"luffy_demo": "1"},                  "group"),
-    "srft":    Method("srft",    {"srft_sft": "1", "luffy_demo": "1"}, "group"),
-    "chord":   Method("grpo",    {"chord_demo": "1"},                  "gate"),
-    "hpt":     Method("dr_grpo", {"sft": "c_sft"},                     "gate"),
-    # The paper's ablation of SFT in HPT: Mix/ON adds offline RL to it, OFF/ON has it alone. As the
-    # authors ran it, the demonstration weighs as one rollout of n.
-    "hpt_mix": Method("dr_grpo", {"sft": "c_sft", "offline": "1/n"},   "gate"),
-    "hpt_off": Method("dr_grpo", {"offline": "1/n"},                   "gate"),
 }
 # fmt: on
 
@@ -268,7 +269,8 @@ def hpt_gate(R: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
 
     P is their mean. P > gamma: (1, 0), train on the rollouts. Else (0, 1), on the demonstration.
     """
-    alpha = (R.double().mean(-1) > gamma + 1e-9).long()  # 1e-9: the mean may be rounded upwards
+    # 1e-6: in float32 the mean of 0.3, 0.3, 0.6 and 0.0 is above 0.3.
+    alpha = (R.double().mean(-1) > gamma + 1e-6).long()
     return alpha, 1 - alpha
 
 
@@ -282,7 +284,9 @@ def gae(R: Tensor, values: Tensor, valid: Tensor, gamma: float = 1.0, lam: float
     usually 0 before the last; values (B, L) are the critic's before each token, and the value after
     the last is 0; valid (B, L) bool marks a prefix of each line.
     """
-    values = values.to(torch.promote_types(values.dtype, torch.float32))  # bfloat16 is off by 5 %
+    values = values.to(
+        torch.promote_types(values.dtype, torch.float32)
+    )  # bfloat16 adds up errors of 5 %
     advantages, next_advantage, next_value = torch.zeros_like(values), 0.0, 0.0
     for i in reversed(range(values.shape[1])):
         delta = R[:, i] + gamma * next_value - values[:, i]
@@ -303,9 +307,10 @@ def response_tokens(
         temperature: the sampler's. Its distribution must be softmax(logits / temperature), so
             top-k and top-p must be off.
     """
-    mask = is_response[:, 1:]
+    mask = is_response[:, 1:].bool()
     logits = logits[:, :-1][mask]  # (M, V): the logits at a position are of the token after it
-    logp = (logits.float() / temperature).log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logp = logits.log_softmax(-1)
     return logp.gather(-1, ids[:, 1:][mask][:, None])[:, 0], mask.nonzero()[:, 0]
 
 
@@ -332,7 +337,8 @@ def upge_loss(
         eps: (below, above), a clip range in place of the row's own.
 
     Raises:
-        ValueError: a tensor is missing, has not the shape of logp, or has 16 bits, 3 digits.
+        ValueError: a tensor is missing, has another shape than logp, or is of a 16-bit type, which
+            has 3 digits.
     """
     given = {"logp": logp, "seq": seq, "advantage": advantage, "weight": weight}
     for name, x in (given | {"old_logp": old_logp, "entropy": entropy}).items():
@@ -341,11 +347,12 @@ def upge_loss(
         if x is not None and x.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {x.dtype}: compute it in float32")
     with torch.no_grad():
-        t = Tokens(logp.detach(), seq, advantage, old_logp, entropy, eps or row.eps)
-        stable, log_ref = STABLE[row.stable](t), LOG_REF[row.pi_ref](t)
-        coefficient = weight.to(logp.dtype) * stable * SCALE[row.scale](t) * advantage
-    log_ratio = torch.where(coefficient == 0, 0.0, logp - log_ref)  # 0 times infinity would be nan
-    return -(coefficient * log_ratio.exp()).sum(), stable
+        eps = row.eps if eps is None else eps
+        t = Tokens(logp.detach(), seq, advantage, old_logp, entropy, eps)
+        stable, log_ref = STABLE[row.stable](t), LOG_REF[row.pi_ref](t).detach()
+        factor = weight.to(logp.dtype) * stable * SCALE[row.scale](t) * advantage
+    log_ratio = torch.where(factor == 0, 0.0, logp - log_ref)  # 0 times infinity would be nan
+    return -(factor * log_ratio.exp()).sum(), stable
 
 
 if __name__ == "__main__":

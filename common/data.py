@@ -43,26 +43,29 @@ def read_rows(source: str) -> list[tuple[str, object]]:
         rows = load_hub(name, config or None, split or "train")
         return [(f"{source}:{number}", row) for number, row in enumerate(rows, 1)]
     if not path.is_file() or path.suffix not in SUFFIXES:
-        raise SystemExit(
-            f"error: {source}: no such file, or none that ends in .jsonl, .json, .parquet"
-        )
-    numbered = []
+        raise SystemExit(f"error: {source}: no such file, or not .jsonl, .json or .parquet")
+    place, rows = source, []
     try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            numbered = list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-        elif path.suffix == ".json":
-            numbered = list(enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1))
-        else:
-            with open(path, encoding="utf-8-sig") as file:
+        if path.suffix == ".jsonl":
+            with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
+                    place = f"{source}:{number}"
                     if line.strip():
-                        numbered.append((number, json.loads(line)))
+                        rows.append((place, json.loads(line)))
+        else:
+            rows = [(f"{source}:{number}", row) for number, row in enumerate(read_whole(path), 1)]
     except Exception as error:  # of several kinds: not UTF-8, not JSON, not parquet
-        number = numbered[-1][0] + 1 if numbered else 1
-        raise SystemExit(f"error: {source}:{number}: cannot be read: {error}") from error
-    return [(f"{source}:{number}", row) for number, row in numbered]
+        raise SystemExit(f"error: {place}: cannot be read: {error}") from error
+    return rows
+
+
+def read_whole(path: Path) -> list:
+    """The rows of a .json or .parquet file."""
+    if path.suffix == ".json":
+        return json.loads(path.read_bytes())
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 def load_hub(name: str, config: str | None, split: str) -> list[dict]:
@@ -94,13 +97,13 @@ def to_problem(row, place: str, columns: dict[str, str], need_demonstration: boo
     if not isinstance(row, dict):
         raise SystemExit(f"error: {place}: a problem is an object, not {row!r:.60}")
     needed = ["prompt", "answer", *(["demonstration"] if need_demonstration else [])]
-    named = {key: name for key, name in columns.items() if key in needed or key != "demonstration"}
-    fields = fields_of(row | {key: column(row, name) for key, name in named.items()})
+    fields = fields_of(row | {key: column(row, name) for key, name in columns.items()})
     for key in needed:
-        if fields.get(key) is None and (key in named or key not in row):
+        name = columns.get(key, key)
+        if fields.get(key) is None and name not in row:
             raise SystemExit(
-                f"error: {place}: no '{named.get(key, key)}' (it has: {', '.join(row)}): say which "
-                f"column holds it with --columns {key}=NAME"
+                f"error: {place}: no '{name}' (it has: {', '.join(row)}): say which column holds "
+                f"it with --columns {key}=NAME"
             )
     problem = {key: fields[key] for key in needed} | {"answer": answer_of(fields["answer"])}
     texts = [problem[key] for key in needed if key != "answer"]
@@ -127,7 +130,7 @@ def fields_of(row: dict) -> dict:
     messages; `target`, a list with the demonstration as a message; and reward_model.ground_truth,
     the answer; and GSM8K's form: `question`, and an `answer` that is worked and ends in "#### 72".
     """
-    fields = dict(row)
+    fields = row | {"messages": None}  # those of a row hold its solution too, in many data sets
     if isinstance(row.get("prompt"), list) and row["prompt"]:
         turns = [turn for turn in row["prompt"] if isinstance(turn, dict)]
         systems = [turn.get("content") for turn in turns if turn.get("role") == "system"]
@@ -174,19 +177,16 @@ def answer_of(value) -> str | list[str] | None:
     return str(int(value)) if value == int(value) else str(value)
 
 
-def with_box(problem: dict) -> dict:
-    """A problem whose demonstration ends in its boxed answer, if it had no box at all.
+def with_box(demonstration: str, answer: str | list[str]) -> str:
+    """A demonstration that has no box, with the answer in one at its end.
 
     The verifier reads the last box of a response, so a model that never sees one learns nothing
     that is rewarded.
     """
-    if re.search(r"\\boxed\s*\{", problem["demonstration"]):
-        return problem
-    answer = problem["answer"]
     answer = answer[0] if isinstance(answer, list) else answer
     answer = re.sub(r"\A\$([^$]*)\$\Z", r"\1", answer.strip())
     boxed = answer if "\\boxed" in answer else f"\\boxed{{{answer}}}"
-    return problem | {"demonstration": f"{problem['demonstration'].rstrip()}\n{boxed}"}
+    return f"{demonstration.rstrip()}\n{boxed}"
 
 
 # --------------------------------------------------------------------------- the paper's benchmarks
@@ -230,7 +230,7 @@ def load_benchmark(args, name: str, tokenizer) -> tuple[list[dict], str]:
     for number, row in enumerate(load_hub(benchmark.hub, benchmark.config, benchmark.split), 1):
         try:
             problems.append(from_benchmark(name, row))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SystemExit(
                 f"error: --bench {name}: row {number} of {benchmark.hub} is not as expected "
                 f"({type(error).__name__}: {error}); it has: {', '.join(row)}"
@@ -239,7 +239,7 @@ def load_benchmark(args, name: str, tokenizer) -> tuple[list[dict], str]:
 
 
 def from_benchmark(name: str, row: dict) -> dict:
-    """One row of a benchmark as a problem. ValueError: it has no answer."""
+    """One row of a benchmark as a problem. ValueError: it has no question or no answer."""
     benchmark = BENCHMARKS[name]
     question, answer = row[benchmark.question], row[benchmark.answer]
     if name == "arc_c":
@@ -253,8 +253,8 @@ def from_benchmark(name: str, row: dict) -> dict:
         random.Random(hashlib.sha256(question.encode()).digest()).shuffle(order)
         question, answer = multiple_choice(question, [texts[i] for i in order], order.index(0))
     answer = answer_of(answer)
-    if not answer:
-        raise ValueError("no answer")
+    if not question or not answer:
+        raise ValueError("no question or no answer")
     answer = ", ".join(answer) if isinstance(answer, list) else answer  # OlympiadBench: all of them
     level = {"level": row["level"]} if "level" in row else {}
     return {"prompt": question, "answer": answer} | level
@@ -293,27 +293,24 @@ def load_problems(
     rows = read_rows(source)
     found = [to_problem(row, place, args.columns, need_demonstration) for place, row in rows]
     problems = [problem for problem in found if problem]
+    ends = tuple(token for token in special_tokens(tokenizer) if "think>" not in token)
     boxed = 0
-    if need_demonstration and args.reward == "reward:grade":  # another verifier may read no box
-        demonstrations = [problem["demonstration"] for problem in problems]
-        problems = [with_box(problem) for problem in problems]
-        boxed = sum(p["demonstration"] != old for p, old in zip(problems, demonstrations))
-    odd = len(rows) - len(problems)
-    problems, note = tokenize(
-        args, problems, tokenizer, max_prompt_tokens, max_response_tokens, odd
-    )
+    for problem in problems if need_demonstration else []:
+        text = without_end(problem["demonstration"], ends)
+        # Another verifier may read no box.
+        if args.reward == "reward:grade" and not re.search(r"\\boxed\s*\{", text):
+            text = with_box(text, problem["answer"])
+            boxed += 1
+        problem["demonstration"] = text
+    odd, limits = len(rows) - len(problems), (max_prompt_tokens, max_response_tokens)
+    problems, note = tokenize(args, problems, tokenizer, limits, odd)
     if not problems:
         raise SystemExit(f"error: {source}: no problem is left: {note}")
     return problems, note + (f"; {boxed} demonstrations were given a box" if boxed else "")
 
 
 def tokenize(
-    args,
-    problems: list[dict],
-    tokenizer,
-    max_prompt_tokens: float = math.inf,
-    max_response_tokens: float = math.inf,
-    odd_rows: int = 0,
+    args, problems: list[dict], tokenizer, limits=(math.inf, math.inf), odd_rows: int = 0
 ) -> tuple[list[dict], str]:
     """Add "prompt_ids", and "demo_ids" where there is a demonstration; leave out what is odd.
 
@@ -323,48 +320,49 @@ def tokenize(
     its turn, so such a problem is odd. In a demonstration it is plain text, but tags of thoughts,
     which tokenizers do not call special, are tokens.
 
+    limits: the most tokens of a prompt, and of a demonstration with its end.
     odd_rows: how many are left out already.
 
     Returns (the problems that are left, a sentence on the others).
     """
-    specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    ends = tuple(end for end in specials if end.strip() and "think>" not in end)
-    usable, texts, demonstrations = [], [], []
+    specials = special_tokens(tokenizer)
+    usable, texts, worked = [], [], []
     for problem in problems:
         words = json.dumps([problem["prompt"], problem.get("messages")], ensure_ascii=False)
-        text = None
-        if not any(special in words for special in specials):
-            text = render(problem, tokenizer, args.template, args.system_prompt)
+        if any(special in words for special in specials):
+            continue
+        text = render(problem, tokenizer, args.template, args.system_prompt)
         if text:
             usable.append(problem)
             texts.append(text)
-            demonstration = without_end(problem.get("demonstration", ""), ends)
-            demonstrations.append(without_open_tag(demonstration, text))
-    odd = odd_rows + len(problems) - len(usable)
+            worked.append(without_open_tag(problem.get("demonstration", ""), text))
     # A chat template writes the special tokens itself, as the one that begins a sequence. For the
     # plain template the tokenizer adds them; one that ends a sequence does not belong there.
     is_plain, end = args.template == "plain", tokenizer.eos_token_id
     prompts = ids_of(texts, tokenizer, add_special_tokens=is_plain)
-    responses = ids_of(
-        demonstrations, tokenizer, add_special_tokens=False, split_special_tokens=True
-    )
+    responses = ids_of(worked, tokenizer, add_special_tokens=False, split_special_tokens=True)
     fitting, long_prompts, long_demonstrations = [], 0, 0
     for problem, ids, demo_ids in zip(usable, prompts, responses, strict=True):
         problem = problem | {"prompt_ids": ids[:-1] if is_plain and ids[-1] == end else ids}
         if "demonstration" in problem:
             problem["demo_ids"] = [*demo_ids, end]
-        if len(problem["prompt_ids"]) > max_prompt_tokens:
+        if len(problem["prompt_ids"]) > limits[0]:
             long_prompts += 1
-        elif len(problem.get("demo_ids", [])) > max_response_tokens:
+        elif len(problem.get("demo_ids", [])) > limits[1]:
             long_demonstrations += 1
         else:
             fitting.append(problem)
     counts = {"a longer prompt": long_prompts, "a longer demonstration": long_demonstrations}
-    reasons = [
-        f"{count} with {why}" for why, count in (counts | {"odd values": odd}).items() if count
-    ]
-    left_out = len(problems) - len(fitting) + odd_rows
-    return fitting, f"{left_out} left out" + (f": {', '.join(reasons)}" if reasons else "")
+    counts["odd values"] = odd_rows + len(problems) - len(usable)
+    reasons = [f"{count} with {why}" for why, count in counts.items() if count]
+    note = f"{sum(counts.values())} left out"
+    return fitting, note + (f": {', '.join(reasons)}" if reasons else "")
+
+
+def special_tokens(tokenizer) -> list[str]:
+    """The texts of a tokenizer's special tokens."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    return [token.content for token in tokens if token.special and token.content.strip()]
 
 
 def ids_of(texts: list[str], tokenizer, **settings) -> list[list[int]]:

@@ -1,31 +1,39 @@
-"""The policy and the critic: log-probabilities, temperature, soft-cap, weights, checkpoints."""
+"""The policy and the critic: log-probabilities, optimizer steps, shards, what is saved."""
 
+import json
+import math
 import os
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import error, flat_gradient, spawn, tiny_critic, tiny_lm
+from programs import BASE
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import model
-from common.model import Critic, Policy
-from test_upge import spawn, tiny_critic, tiny_lm
+import train_hpt
+from common import flags, model
+from common.model import Critic, Network, Policy
 from toy import make
 
 # Two sequences, one after the other, and which of their tokens are the response's.
-IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11]])
-RESPONSE = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1, 1]]).bool()
+IDS = torch.tensor([3, 4, 5, 6, 7, 8, 9, 10, 11])
+RESPONSE = torch.tensor([0, 0, 1, 1, 1, 0, 1, 1, 1]).bool()
 LENGTHS = [5, 4]
+BATCH = IDS, RESPONSE, LENGTHS
+
+# ------------------------------------------------------------------------- log-probabilities
 
 
-def plain_log_probabilities(lm, temperature):
+def plain(lm, temperature):
     """(logp, entropy) of the marked tokens, each sequence by itself, with plain transformers."""
     lm.set_attn_implementation("eager")
     chosen, entropies = [], []
-    for ids, response in zip(IDS[0].split(LENGTHS), RESPONSE[0].split(LENGTHS), strict=True):
+    for ids, response in zip(IDS.split(LENGTHS), RESPONSE.split(LENGTHS), strict=True):
         logp = (lm(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
         chosen.append(logp.gather(-1, ids[1:, None])[response[1:], 0])
         entropies.append(-(logp.exp() * logp).sum(-1)[response[1:]])
@@ -35,11 +43,11 @@ def plain_log_probabilities(lm, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logits_are_divided_by_the_temperature(temperature):
     lm = tiny_lm()
-    wanted, entropy = plain_log_probabilities(lm, temperature)
-    got, got_entropy = Policy(lm, temperature)(IDS, RESPONSE, LENGTHS, with_entropy=True)
+    wanted, entropy = plain(lm, temperature)
+    got, got_entropy = Policy(lm, temperature)(*BATCH, with_entropy=True)
     assert torch.allclose(got, wanted) and torch.allclose(got_entropy, entropy)
-    other, _ = plain_log_probabilities(lm, 1.3)  # negative control
-    assert not torch.allclose(got, other, atol=1e-4)
+    assert Policy(lm, temperature)(*BATCH)[1] is None
+    assert not torch.allclose(got, plain(lm, 1.3)[0], atol=1e-4)  # negative control
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -47,80 +55,54 @@ def test_chunks_do_not_change_log_probabilities_entropies_or_gradient(chunk):
     results = []
     for size in (chunk, 1000):
         lm = tiny_lm()
-        logp, entropy = Policy(lm, 0.7, size)(IDS, RESPONSE, LENGTHS, with_entropy=True)
+        logp, entropy = Policy(lm, 0.7, size)(*BATCH, with_entropy=True)
         logp.sin().sum().backward()
-        gradient = torch.cat([p.grad.flatten() for p in lm.parameters()])
-        results.append((logp, entropy, gradient))
+        results.append((logp, entropy, flat_gradient(lm)))
     assert all(torch.allclose(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_log_probabilities_of_a_bfloat16_model_are_float32():
-    logp, entropy = Policy(tiny_lm().bfloat16(), 1.0)(IDS, RESPONSE, LENGTHS, with_entropy=True)
-    assert logp.dtype == entropy.dtype == torch.float32
-
-
-def test_values_of_a_bfloat16_critic_are_float32():
-    assert Critic(tiny_critic().bfloat16())(IDS, RESPONSE, LENGTHS).dtype == torch.float32
-
-
-def test_without_a_wish_for_it_there_is_no_entropy():
-    assert Policy(tiny_lm(), 1.0)(IDS, RESPONSE, LENGTHS)[1] is None
+def test_log_probabilities_and_values_of_bfloat16_models_are_float32():
+    logp, entropy = Policy(tiny_lm().bfloat16(), 1.0)(*BATCH, with_entropy=True)
+    values = Critic(tiny_critic().bfloat16())(*BATCH)
+    assert logp.dtype == entropy.dtype == values.dtype == torch.float32
 
 
 def with_large_logits(family, **settings):
     """A small model of a family, whose logits are so large that a cap or a scale matters."""
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=0,
-        **settings,
-    )
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
     torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes, **heads, **settings)
     lm = AutoModelForCausalLM.from_config(config).double()
     with torch.no_grad():
         lm.get_output_embeddings().weight.mul_(50)
     return lm
 
 
-def test_gemma_2s_soft_cap_on_logits_is_applied():
-    lm = with_large_logits("gemma2", head_dim=8, final_logit_softcapping=1.0)
-    wanted, _ = plain_log_probabilities(lm, 1.0)
-    assert torch.allclose(Policy(lm, 1.0)(IDS, RESPONSE, LENGTHS)[0], wanted)
-    lm.config.final_logit_softcapping = None  # negative control
-    assert not torch.allclose(Policy(lm, 1.0)(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-2)
-
-
 @pytest.mark.parametrize(
-    "family, settings",
+    "family, settings, wrong",
     [
-        ("granite", {"logits_scaling": 8.0, "attention_multiplier": 0.3}),
-        ("cohere", {"logit_scale": 0.25}),
-        ("llama", {}),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 1.0}, "final_logit_softcapping"),
+        ("granite", {"logits_scaling": 8.0, "attention_multiplier": 0.3}, "logits_scaling"),
+        ("cohere", {"logit_scale": 0.25}, "logit_scale"),
+        ("llama", {}, "logit_scale"),
     ],
 )
-def test_a_familys_scale_of_logits_is_applied(family, settings):
+def test_a_familys_cap_or_scale_of_logits_is_applied(family, settings, wrong):
     lm = with_large_logits(family, **settings)
-    wanted, _ = plain_log_probabilities(lm, 0.7)
-    policy = Policy(lm, 0.7)
-    assert torch.allclose(policy(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-5)
-    lm.config.logit_scale = 3.0  # negative control
-    assert not torch.allclose(policy(IDS, RESPONSE, LENGTHS)[0], wanted, atol=1e-2)
+    wanted, _ = plain(lm, 0.7)
+    assert torch.allclose(Policy(lm, 0.7)(*BATCH)[0], wanted, atol=1e-5)
+    setattr(lm.config, wrong, 3.0)  # negative control
+    assert not torch.allclose(Policy(lm, 0.7)(*BATCH)[0], wanted, atol=1e-2)
 
 
 def test_the_critic_reads_the_state_before_each_token():
     lm = tiny_critic()
-    hidden = [lm.base_model(ids[None]).last_hidden_state[0] for ids in IDS[0].split(LENGTHS)]
-    values = lm.score(torch.cat(hidden))[None, :, 0]  # (1, 9)
-    wanted = values[:, :-1][RESPONSE[:, 1:]]
-    assert torch.allclose(Critic(lm)(IDS, RESPONSE, LENGTHS), wanted)
-    assert not torch.allclose(
-        Critic(lm)(IDS, RESPONSE, LENGTHS), values[RESPONSE]
-    )  # negative control
+    hidden = [lm.base_model(ids[None]).last_hidden_state[0] for ids in IDS.split(LENGTHS)]
+    values = lm.score(torch.cat(hidden))[:, 0]  # (9,)
+    got = Critic(lm)(*BATCH)
+    assert torch.allclose(got, values[:-1][RESPONSE[1:]])
+    assert not torch.allclose(got, values[RESPONSE])  # negative control
 
 
 def test_float32_logits_of_bfloat16_operands_and_their_derivative():
@@ -131,22 +113,14 @@ def test_float32_logits_of_bfloat16_operands_and_their_derivative():
     exact = hidden.detach().double() @ head.weight.detach().double().T + head.bias.detach().double()
     logits = model.wide_logits(head, hidden)
     assert logits.dtype == torch.float32
-    error = (logits - exact).abs().max()
-    assert error < 1e-5 and (head(hidden).double() - exact).abs().max() > 100 * error
+    largest = (logits - exact).abs().max()
+    assert largest < 1e-5 and (head(hidden).double() - exact).abs().max() > 100 * largest
 
     logits.logsumexp(-1).sum().backward()
     share = exact.softmax(-1)  # the derivative of logsumexp
-    wanted_hidden = share @ head.weight.detach().double()
-    wanted_weight = share.T @ hidden.detach().double()
-    for got, wanted in ((hidden.grad, wanted_hidden), (head.weight.grad, wanted_weight)):
-        assert got.dtype == torch.bfloat16
-        assert (got.double() - wanted).norm() < 5e-3 * wanted.norm()  # bfloat16 has 3 digits
-
-
-def test_logits_of_other_models_are_computed_by_their_own_layer():
-    head = torch.nn.Linear(8, 5).double()
-    hidden = torch.randn(3, 8).double()
-    assert torch.equal(model.wide_logits(head, hidden), head(hidden))
+    assert hidden.grad.dtype == head.weight.grad.dtype == torch.bfloat16  # which has 3 digits
+    assert error(hidden.grad.double(), share @ head.weight.detach().double()) < 5e-3
+    assert error(head.weight.grad.double(), share.T @ hidden.detach().double()) < 5e-3
 
 
 class Sizes(TorchDispatchMode):
@@ -163,55 +137,93 @@ class Sizes(TorchDispatchMode):
 
 
 def test_logits_of_a_large_vocabulary_never_exist_all_at_once():
-    """With 152k words and 16k tokens, all logits would take 10 GB.
+    """What waits for the backward pass is a few numbers per token.
 
-    What an operation returns is at most a chunk's logits (0.6 GB for the default of 1024 tokens),
-    and what waits for the backward pass is a few numbers per token.
+    With 152k words and 16k tokens, all logits would take 10 GB.
     """
-    vocabulary, tokens, width = 152_000, 1_000, 4
-    policy = Policy(tiny_lm().float(), 1.0, chunk=64)
+    vocabulary, tokens, width, kept = 152_000, 300, 4, []
+    policy = Policy(tiny_lm().float(), 1.0, chunk=32)
     policy.lm.lm_head = torch.nn.Linear(width, vocabulary, bias=False)
     states = torch.randn(tokens, width, requires_grad=True)
     policy.states_before = lambda ids, response, lengths: states
-    ids = torch.randint(0, vocabulary, (1, tokens))
-    kept = []  # sizes of what waits for the backward pass
-
-    def note(tensor):
-        kept.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), Sizes() as sizes:
+    ids = torch.randint(0, vocabulary, (tokens,))
+    note = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, id)
+    with note, Sizes() as sizes:
         logp, _ = policy(ids, torch.ones_like(ids).bool(), [tokens])
     assert logp.shape == (tokens,)
-    assert sizes.largest <= max(64, width) * vocabulary
-    assert sum(kept) <= 20 * tokens
+    assert sizes.largest <= 32 * vocabulary and sum(kept) <= 20 * tokens
+
+
+# ----------------------------------------------------------------------------- optimizer steps
+
+
+class TwoWeights(Network):
+    """A network with two weights of 1."""
+
+    def __init__(self, weight_decay=0.0):
+        torch.nn.Module.__init__(self)
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.optimizer = torch.optim.AdamW([self.weight], lr=9.0, weight_decay=weight_decay)
+
+    def reshard(self):
+        """FSDP's, which has nothing to do here."""
+
+
+def stepped(gradient, lr=0.1, max_norm=1.0, weight_decay=0.0):
+    network = TwoWeights(weight_decay)
+    network.weight.grad = None if gradient is None else torch.tensor(gradient)
+    return network, network.step(lr, max_norm)
+
+
+@pytest.fixture
+def full_tensor(monkeypatch):
+    """A plain tensor's norm, asked for as FSDP's would be."""
+    monkeypatch.setattr(torch.Tensor, "full_tensor", lambda self: self, raising=False)
+
+
+def test_a_step_uses_its_rate_clips_the_gradient_and_returns_the_norm_before(full_tensor):
+    network, norm = stepped([3.0, 4.0], lr=0.1)
+    assert norm == pytest.approx(5.0)
+    assert network.weight.tolist() == pytest.approx([0.9, 0.9])  # Adam's first step is lr
+    moment = network.optimizer.state[network.weight]["exp_avg"]
+    assert moment.tolist() == pytest.approx([0.06, 0.08])  # (1 - beta1) times a norm of 1
+    loose, _ = stepped([3.0, 4.0], max_norm=math.inf)  # negative control
+    assert loose.optimizer.state[loose.weight]["exp_avg"].tolist() == pytest.approx([0.3, 0.4])
+
+
+def test_without_a_gradient_adamw_still_steps(full_tensor):
+    network, norm = stepped(None, weight_decay=0.5)
+    assert network.weight.tolist() == pytest.approx([0.95, 0.95]) and norm == 0
+    network, _ = stepped([3.0, 4.0])
+    before = network.weight.detach().clone()
+    assert network.step(0.1, 1.0) == 0 and (before - network.weight > 0.01).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(full_tensor, bad, capsys):
+    network, norm = stepped([bad, 1.0])
+    assert network.weight.tolist() == [1.0, 1.0] and not math.isfinite(norm)
+    assert network.weight.grad is None and not network.optimizer.state
+    assert capsys.readouterr().out == f"the gradient norm of the network is {bad}: update skipped\n"
+
+
+def test_too_many_skipped_updates_in_a_row_end_the_run(full_tensor, monkeypatch):
+    monkeypatch.setattr(model, "MOST_SKIPPED", 2)
+    network = TwoWeights()
+    for value in (math.nan, math.inf, 1.0, math.nan, math.nan):
+        network.weight.grad = torch.tensor([value, 1.0])
+        network.step(0.1, 1.0)
+    network.weight.grad = torch.tensor([math.nan, 1.0])
+    with pytest.raises(SystemExit, match=r"^error: 3 updates in a row were skipped"):
+        network.step(0.1, 1.0)
 
 
 # ------------------------------------------- sharded over two ranks, given away, saved and read
 
 
-def flags_of(directory, critic=None):
-    return SimpleNamespace(
-        model=directory,
-        critic=critic,
-        trust_remote_code=False,
-        replicas=1,
-        temperature=0.7,
-        gradient_checkpointing=True,
-        lr=0.1,
-        weight_decay=0.3,
-    )
-
-
-def save_bases(folder):
-    """Checkpoints in bfloat16, as most on the hub are: tied and untied embeddings."""
-    for name, tied in (("tied", True), ("untied", False)):
-        config = tiny_lm().config
-        config.tie_word_embeddings = tied
-        torch.manual_seed(1)
-        lm = AutoModelForCausalLM.from_config(config).bfloat16()
-        lm.generation_config.max_length = 77
-        lm.save_pretrained(folder / name)
+def flags_of(directory):
+    settings = {"temperature": 0.7, "gradient_checkpointing": True, "lr": 0.1, "weight_decay": 0.3}
+    return SimpleNamespace(model=directory, **settings)
 
 
 def build_and_save(rank, folder):
@@ -223,23 +235,18 @@ def build_and_save(rank, folder):
         config = AutoConfig.from_pretrained(folder / name)
         policy = model.build_policy(flags_of(folder / name), config, cpu)
         facts[name] = facts_of(policy) | {"temperature": policy.temperature}
-        policy.save(folder / f"{name}-saved", make.tokenizer())
-    replicated = flags_of(folder / "untied")
-    replicated.replicas = 2
-    facts["replicated"] = facts_of(model.build_policy(replicated, config, cpu))
+        policy.save(folder / f"{name}-saved", make.tokenizer(), [1, 5] if name == "tied" else [1])
     with torch.no_grad():  # as the old-policy pass of a later mini-batch
-        policy(IDS, RESPONSE, LENGTHS)
+        policy(*BATCH)
     facts["norm without gradient"] = policy.step(0.1, 1.0)
     facts["after a step without gradient"] = dict(policy.weights())
-    critic = model.build_critic(flags_of(folder / "tied"), config, cpu)
-    facts["critic"] = facts_of(critic)
+    facts["critic"] = facts_of(model.build_critic(flags_of(folder / "tied"), config, cpu))
     with torch.no_grad():
-        critic.lm.score.weight.add_(0.5)
-        critic.lm.score.bias.add_(0.25)
-    critic.save(folder / "critic-saved", make.tokenizer())
-    dist.barrier()  # rank 0 alone writes
-    restored = model.build_critic(flags_of(folder / "tied", folder / "critic-saved"), config, cpu)
-    facts["restored critic"] = facts_of(restored)
+        next(policy.parameters()).mul_(math.nan)
+    try:
+        policy.save(folder / "nan", make.tokenizer(), [1])
+    except SystemExit as stop:
+        facts["sentence"] = str(stop)
     if rank == 0:
         torch.save(facts, folder / "facts.pt")
     dist.destroy_process_group()
@@ -261,99 +268,55 @@ def facts_of(network):
 def saved(tmp_path_factory):
     """The directory of bases and of what was saved, and the facts of each network."""
     folder = tmp_path_factory.mktemp("model")
-    save_bases(folder)
+    for name, tied in (("tied", True), ("untied", False)):  # in bfloat16, as most on the hub are
+        config = tiny_lm().config
+        config.tie_word_embeddings = tied
+        lm = AutoModelForCausalLM.from_config(config).bfloat16()
+        lm.generation_config.max_length = 77
+        lm.save_pretrained(folder / name)
     spawn(build_and_save, folder, processes=2)
     return folder, torch.load(folder / "facts.pt")
 
 
-def whole_weights(directory, **settings):
+def whole(directory, **settings):
     lm = AutoModelForCausalLM.from_pretrained(directory, **settings)
     return lm, dict(lm.named_parameters(remove_duplicate=False))
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_the_sampler_is_given_every_weight_whole_and_under_each_name(saved, name):
-    folder, facts = saved
-    given, (_, wanted) = facts[name]["weights"], whole_weights(folder / name, dtype=torch.float32)
+    given, (_, wanted) = saved[1][name]["weights"], whole(saved[0] / name, dtype=torch.float32)
     assert given.keys() == wanted.keys() and "lm_head.weight" in given
     assert all(torch.equal(given[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_a_saved_policy_is_a_plain_model_with_the_same_weights(saved, name):
-    folder, _ = saved
-    (old_lm, old), (lm, new) = whole_weights(folder / name), whole_weights(folder / f"{name}-saved")
+    (old_lm, old), (lm, new) = whole(saved[0] / name), whole(saved[0] / f"{name}-saved")
     assert lm.config.tie_word_embeddings == old_lm.config.tie_word_embeddings == (name == "tied")
     assert old.keys() == new.keys() and all(torch.equal(old[key].float(), new[key]) for key in old)
-
-
-def test_a_saved_policy_keeps_its_generation_config_and_has_a_tokenizer(saved):
-    lm, _ = whole_weights(saved[0] / "tied-saved")
     assert lm.generation_config.max_length == 77
-    tokenizer = AutoTokenizer.from_pretrained(saved[0] / "tied-saved")
+    tokenizer = AutoTokenizer.from_pretrained(saved[0] / f"{name}-saved")
     assert tokenizer.encode("1+2") == make.tokenizer().encode("1+2")
 
 
-@pytest.mark.parametrize("name", ["tied", "critic"])
-def test_master_weights_are_float32_whatever_the_checkpoint_is(saved, name):
-    assert saved[1][name]["dtypes"] == {"torch.float32"}
-
-
-@pytest.mark.parametrize("name", ["tied", "critic"])
-def test_every_block_and_every_parameter_is_sharded(saved, name):
-    root = "FSDPCritic" if name == "critic" else "FSDPPolicy"
-    assert saved[1][name]["units"] == [root, "FSDPQwen2DecoderLayer", "FSDPQwen2DecoderLayer"]
-    assert saved[1][name]["shares"] == {True}
-
-
-def test_a_replica_on_each_rank_is_not_sharded(saved):
-    facts = saved[1]["replicated"]
-    assert facts["shares"] == {False} and saved[1]["untied"]["shares"] == {True}
-    assert facts["weights"].keys() == saved[1]["untied"]["weights"].keys()
-
-
-def test_replicas_must_divide_the_ranks(monkeypatch):
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    args = flags_of("m")
-    args.replicas = 3
-    with pytest.raises(
-        SystemExit, match=r"^error: --replicas 3 must divide the number of ranks, 4"
-    ):
-        model.shard(Policy(tiny_lm(), 1.0), args, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("name", ["tied", "critic"])
-def test_gradient_checkpointing_is_on_if_the_flag_says_so(saved, name):
-    assert saved[1][name]["checkpointing"]
-
-
-@pytest.mark.parametrize("name", ["tied", "critic"])
-def test_the_optimizer_has_the_settings_of_the_flags(saved, name):
-    wanted = {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.3}
-    assert saved[1][name]["settings"] == wanted
-
-
-def test_the_policy_has_the_temperature_of_the_flags(saved):
+@pytest.mark.parametrize("name, root", [("tied", "FSDPPolicy"), ("critic", "FSDPCritic")])
+def test_networks_are_float32_and_sharded_block_by_block(saved, name, root):
+    facts = saved[1][name]
+    assert facts["dtypes"] == {"torch.float32"}  # though the checkpoint is bfloat16
+    assert facts["units"] == [root, "FSDPQwen2DecoderLayer", "FSDPQwen2DecoderLayer"]
+    assert facts["shares"] == {True} and facts["checkpointing"]
+    assert facts["settings"] == {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.3}
     assert saved[1]["tied"]["temperature"] == 0.7
-
-
-def test_shards_are_counted_as_whole_parameters(saved):
-    folder, facts = saved
-    lm, _ = whole_weights(folder / "tied")
-    assert facts["tied"]["parameters"] == sum(p.numel() for p in lm.parameters())
+    parameters = sum(p.numel() for p in whole(saved[0] / "tied")[0].parameters())
+    assert saved[1]["tied"]["parameters"] == parameters  # of all shards
 
 
 def test_a_new_critic_is_the_base_model_and_values_all_states_at_0(saved):
-    folder, facts = saved
-    given, (_, base) = facts["critic"]["weights"], whole_weights(folder / "tied")
+    given, (_, base) = saved[1]["critic"]["weights"], whole(saved[0] / "tied")
     assert not given["score.weight"].any() and not given["score.bias"].any()
     key = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(given[key], base[key].float())
-
-
-def test_a_saved_critic_is_restored_with_its_head(saved):
-    given = saved[1]["restored critic"]["weights"]
-    assert (given["score.weight"] == 0.5).all() and (given["score.bias"] == 0.25).all()
 
 
 def test_a_step_without_gradient_on_two_ranks_only_decays_the_weights(saved):
@@ -363,22 +326,42 @@ def test_a_step_without_gradient_on_two_ranks_only_decays_the_weights(saved):
     assert all(torch.allclose(after[key], before[key] * (1 - 0.1 * 0.3)) for key in before)
 
 
-# --------------------------------------------------------------------- critics that cannot be made
+def test_weights_that_are_not_finite_are_not_saved(saved):
+    assert "embed_tokens.weight of the policy is infinite or nan" in saved[1]["sentence"]
+    assert not (saved[0] / "nan").exists()
 
 
-def test_a_family_without_a_value_model_is_refused():
-    from transformers import Gemma3TextConfig, Qwen2Config
-
-    with pytest.raises(SystemExit, match="no token classification model for gemma3_text"):
-        model.check_critic(Gemma3TextConfig())
-    model.check_critic(Qwen2Config())  # negative control
+# ------------------------------------------------------------------------- what ends a response
 
 
-def test_a_directory_without_a_critic_is_refused(tmp_path):
-    from transformers import Qwen2Config
+def end_ids(folder):
+    args = flags.parse_training_args(["--model", str(folder)])
+    return model.end_token_ids(str(folder), *model.load_config_and_tokenizer(args))
 
-    tiny_lm().save_pretrained(tmp_path / "lm")
-    with pytest.raises(SystemExit, match=r"--critic .*lm: its weights have no score.weight"):
-        model.check_critic(Qwen2Config(), tmp_path / "lm")
-    tiny_critic().save_pretrained(tmp_path / "critic")
-    model.check_critic(Qwen2Config(), tmp_path / "critic")  # negative control
+
+def test_every_file_that_names_an_end_is_read(tmp_path):
+    """The tokenizer's comes first: it is the one that training teaches."""
+    for file in BASE.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert end_ids(tmp_path) == [1]
+    for name, ends in (("config.json", 5), ("generation_config.json", [7, 6])):
+        text = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(text | {"eos_token_id": ends}))
+    assert end_ids(tmp_path) == [1, 5, 7, 6]
+
+
+@pytest.mark.parametrize("name, wanted", [("tied", [1, 5]), ("untied", [1])])
+def test_a_saved_model_knows_every_end(saved, name, wanted):
+    assert end_ids(saved[0] / f"{name}-saved") == wanted
+
+
+def test_the_end_token_is_trained_and_the_sampler_and_the_saved_model_get_it(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"prompt": "1", "answer": "1", "demonstration": "\\boxed{1}"}')
+    words = ["--model", str(BASE), "--data", str(path), "--max-prompt-tokens", "64"]
+    args = flags.parse_training_args([*words, "--max-response-tokens", "64"])
+    with mock.patch("rollout.check_vllm"):
+        inputs = train_hpt.load_inputs(args, train_hpt.METHODS["hpt"])
+    end = inputs.tokenizer.eos_token_id
+    assert inputs.problems[0]["demo_ids"] == [*inputs.tokenizer.encode(r"\boxed{1}"), end]
+    assert inputs.end_token_ids == [end]

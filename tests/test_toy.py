@@ -8,7 +8,7 @@ import pytest
 from programs import BASE, ROOT, read
 from safetensors.torch import load_file
 
-from common import data, flags
+from common import data, flags, model
 from toy import make
 
 
@@ -55,7 +55,7 @@ def test_a_wrong_total_is_carried_on():
 
 def test_the_shipped_tokenizer_is_the_one_that_make_builds():
     args = SimpleNamespace(model=str(BASE), rope_theta=None, max_position_embeddings=None)
-    made, (_, shipped) = make.tokenizer(), data.load_config_and_tokenizer(args)
+    made, (_, shipped) = make.tokenizer(), model.load_config_and_tokenizer(args)
     texts = [row["demonstration"] for row in read(ROOT / "toy/held_out.jsonl")]
     assert shipped(texts)["input_ids"] == made(texts)["input_ids"]
     assert shipped.get_vocab() == made.get_vocab()
@@ -67,7 +67,7 @@ def test_the_toy_needs_no_download_and_takes_minutes(monkeypatch):
     args = flags.parse_training_args([])
     for name in (args.model, args.data, args.eval_data):
         assert Path(name).is_relative_to(ROOT) and Path(name).exists()
-    _, tokenizer = data.load_config_and_tokenizer(args)
+    _, tokenizer = model.load_config_and_tokenizer(args)
     limits = args.max_prompt_tokens, args.max_response_tokens
     for source, count in ((args.data, 1999), (args.eval_data, 192)):
         assert len(data.load_problems(args, source, tokenizer, True, *limits)[0]) == count

@@ -543,12 +543,12 @@ BY_HAND = {  # with rollouts per prompt
 
 
 def plain_loop(name, graded=True, stale_by_update=False, beta2=0.999, **changes):
-    """The same two steps with plain torch and transformers: the weights after 0, 1 and 2 steps."""
-    args, lm, updates, (objective, n) = args_of(name), tiny_lm(), 0, BY_HAND[name]
+    """The same two steps with plain torch: (weights after 0, 1 and 2 steps, norms of updates)."""
+    args, lm, (objective, n) = args_of(name), tiny_lm(), BY_HAND[name]
     vars(args).update(changes)
     betas, decay = (0.9, beta2), args.weight_decay
     optimizer = torch.optim.AdamW(lm.parameters(), betas=betas, weight_decay=decay)
-    history = [copy.deepcopy(dict(lm.named_parameters()))]
+    history, norms = [copy.deepcopy(dict(lm.named_parameters()))], []
     for step in (1, 2):
         problems, groups = drawn_in(step, n, args.seed)
         old = read_step(lm, problems, groups, args.temperature)
@@ -565,13 +565,13 @@ def plain_loop(name, graded=True, stale_by_update=False, beta2=0.999, **changes)
                 known = Drawn(now[q][0], now[q][1:], before, R, demo_reward, step, tokens)
                 loss = loss - objective(known, args) / 2
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm)
-            updates += 1
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, updates / args.warmup_steps)
+            norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), args.max_grad_norm)
+            norms.append(norm.item())
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, len(norms) / args.warmup_steps)
             optimizer.step()
             optimizer.zero_grad()
         history.append(copy.deepcopy(dict(lm.named_parameters())))
-    return history
+    return history, norms
 
 
 def drawn_in(step, n, seed=3):
@@ -607,8 +607,11 @@ def differences(run, wanted):
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_the_sampler_gets_the_weights_of_a_plain_loop(runs, name):
-    assert max(differences(runs[name], plain_loop(name))) < 1e-6
+def test_weights_and_gradient_norms_are_those_of_a_plain_loop(runs, name):
+    weights, norms = plain_loop(name)
+    assert max(differences(runs[name], weights)) < 1e-6
+    logged = [line["optim/grad_norm"] for line in runs[name].metrics if line["step"] > 0]
+    assert logged == pytest.approx([sum(norms[:2]) / 2, sum(norms[2:]) / 2], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -631,7 +634,7 @@ def test_the_sampler_gets_the_weights_of_a_plain_loop(runs, name):
 )
 def test_a_plain_loop_that_differs_ends_elsewhere(runs, name, change):
     """Negative controls of the test above."""
-    assert differences(runs[name], plain_loop(name, **change))[2] > 1e-5
+    assert differences(runs[name], plain_loop(name, **change)[0])[2] > 1e-5
 
 
 def test_the_sampler_sleeps_while_the_trainer_works(runs):
