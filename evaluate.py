@@ -31,10 +31,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import reward
 import rollout
-from common import data, distributed, flags, model, report
+from common import benchmarks, data, distributed, flags, model, report
 
 
-class Benchmark(NamedTuple):
+class TestSet(NamedTuple):
     """A benchmark from the hub, or a file of problems."""
 
     name: str
@@ -49,8 +49,8 @@ def main(args) -> None:
     if args.sampler == "vllm":
         rollout.check_vllm()
     config, tokenizer = model.load_config_and_tokenizer(args)
-    benchmarks = load_benchmarks(args, tokenizer)
-    longest = max(len(p["prompt_ids"]) for benchmark in benchmarks for p in benchmark.problems)
+    test_sets = load_test_sets(args, tokenizer)
+    longest = max(len(p["prompt_ids"]) for test_set in test_sets for p in test_set.problems)
     model.check_context(config, longest, args.max_response_tokens)
 
     # 2. Start the verifier's processes, before this one holds threads or a GPU, then the engine.
@@ -72,7 +72,7 @@ def main(args) -> None:
 
         # 3. Sample and grade the benchmarks.
         results = {}
-        for name, problems, n, _ in benchmarks:
+        for name, problems, n, _ in test_sets:
             results[name] = measure(sampler, verifier, problems, n, args.seed)
             if is_rank_0:
                 report.replace_file(out / f"{name}.jsonl", report.lines_of(results[name]))
@@ -81,7 +81,7 @@ def main(args) -> None:
 
     # 4. Print the table.
     if is_rank_0:
-        lines = settings(args, benchmarks)
+        lines = settings(args, test_sets)
         lines += ["", *report.markdown_table(table(results)), "", TABLE_NOTE.format(lost)]
         (out / "table.md").write_text("\n".join(lines) + "\n")
         print("\n".join(["", *lines, "", f"written to {out}"]), flush=True)
@@ -138,16 +138,16 @@ def grade_share(verifier, pairs: list[tuple]) -> list[float]:
     return verifier.score([response for response, _ in pairs], [answer for _, answer in pairs])
 
 
-def load_benchmarks(args, tokenizer) -> list[Benchmark]:
+def load_test_sets(args, tokenizer) -> list[TestSet]:
     """Read the benchmarks of --bench and the files of --data; tokenise their prompts."""
-    loaded = {name: data.load_benchmark(args, name, tokenizer) for name in args.bench}
+    loaded = {name: benchmarks.load_benchmark(args, name, tokenizer) for name in args.bench}
     for source in args.data:
         loaded[data.source_name(source)] = data.load_problems(args, source, tokenizer)
-    benchmarks = []
+    test_sets = []
     for name, (problems, note) in loaded.items():
-        n = data.paper_samples(name) if args.paper else args.samples
-        benchmarks.append(Benchmark(name, problems, n, note))
-    return benchmarks
+        n = benchmarks.paper_samples(name) if args.paper else args.samples
+        test_sets.append(TestSet(name, problems, n, note))
+    return test_sets
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -162,13 +162,13 @@ TABLE_NOTE = (
 NO_SETTINGS = ("bench", "data", "paper", "samples", "out", "compare")  # the table says n
 
 
-def settings(args, benchmarks: list[Benchmark]) -> list[str]:
+def settings(args, test_sets: list[TestSet]) -> list[str]:
     """Return what the numbers depend on, as the lines of a Markdown list."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     found = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     known = report.versions_and_commit()
     found |= {"device": device} | known["versions"] | {"commit": known["commit"]}
-    found |= {benchmark.name: benchmark.note for benchmark in benchmarks}
+    found |= {test_set.name: test_set.note for test_set in test_sets}
     return [f"- {name}: {value}" for name, value in found.items() if value not in (None, "", {})]
 
 

@@ -455,6 +455,7 @@ def start(args, method: Method, inputs: Inputs):
 def open_run(args, method: Method, inputs: Inputs, policy, critic) -> tuple[Path, int]:
     """Make the run's directory, or load the newest checkpoint in it: (directory, steps done)."""
     out = report.open_run(args)
+    checkpoint.try_to_save(out, policy, inputs.tokenizer, inputs.end_token_ids)
     steps_done = 0
     if args.resume:
         networks = [policy, critic] if critic else [policy]
@@ -498,7 +499,7 @@ def save_if_due(out: Path, step: int, args, inputs: Inputs, policy, critic) -> N
         )
     if signal and step < args.steps:
         if distributed.rank() == 0:
-            print(f"stopped; {directory} is saved: add --out {out} --resume to go on", flush=True)
+            report.say(f"stopped; {directory} is saved: add --out {out} --resume to go on")
         raise SystemExit(128 + signal)
 
 

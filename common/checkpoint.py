@@ -54,13 +54,35 @@ def save(out: Path, step: int, last_step: int, networks: list, tokenizer, end_to
     return directory
 
 
+def try_to_save(out: Path, network, tokenizer, end_token_ids) -> None:
+    """Write what a checkpoint holds beside tensors, before the first step; then remove it.
+
+    Raises:
+        SystemExit: something cannot be written, which would lose the trained model.
+    """
+    if distributed.rank() == 0:
+        trial = out / "trial.partial"
+        try:
+            network.write(trial, tokenizer, end_token_ids, weights={})
+            shutil.rmtree(trial)
+        except Exception as error:  # of the disk, of transformers, of a tokenizer
+            raise SystemExit(f"error: a model could not be saved in {out}: {error}") from error
+
+
 def remove(directory: Path) -> None:
     """Remove a directory, if it is there. It loses its name first, so that it never looks whole."""
-    if directory.exists():
-        doomed = directory.with_name(directory.name + ".old.partial")
+    if not directory.exists():
+        return
+    doomed = directory.with_name(directory.name + ".old.partial")
+    try:
         shutil.rmtree(doomed, ignore_errors=True)
         directory.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed.is_symlink():
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)
+    except OSError as error:
+        report.say(f"warning: {directory} cannot be removed: {error}")
 
 
 def state_of(networks: list) -> dict:
@@ -90,9 +112,10 @@ def resume(out: Path, networks: list, last_step: int) -> int:
     dist.barrier()  # all ranks have read it
     if distributed.rank() == 0:
         for leftover in out.glob("*.partial"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         report.cut_logs(out, step if directory else -1)
-        print(f"going on after step {step}" + f", from {directory}" * bool(directory), flush=True)
+        where = f"going on after step {step}, from {directory}"
+        report.say(where if directory else f"no checkpoint in {out}: the run begins at step 1")
     dist.barrier()
     return step
 

@@ -1,4 +1,4 @@
-"""Problems and benchmarks, and how they become token ids.
+"""Problems, and how they become token ids.
 
 A problem is a dict:
 
@@ -16,13 +16,11 @@ ends the program with one sentence; a row with an odd value is left out and coun
 is imported inside the functions, since common/flags.py imports this module.
 """
 
-import hashlib
+import datetime
 import json
 import math
-import random
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 # The paper's prompt for Llama-3.1-8B, a base model without a chat template.
@@ -110,7 +108,7 @@ def to_problem(row, place: str, columns: dict[str, str], need_demonstration: boo
     if not problem["answer"] or not all(isinstance(x, str) and x.strip() for x in texts):
         return None
     for key, kinds in (("system", str), ("level", str | int | float), ("messages", list)):
-        if isinstance(fields.get(key), kinds):
+        if isinstance(fields.get(key), kinds) and fields[key] == fields[key]:  # not nan
             problem[key] = fields[key]
     return problem
 
@@ -140,7 +138,7 @@ def fields_of(row: dict) -> dict:
             fields["system"] = systems[0]
         fields.setdefault("answer", column(row, "reward_model.ground_truth"))
         target = row.get("target")
-        message = target[0] if isinstance(target, list) and target else target
+        message = target[0] if isinstance(target, list) and len(target) == 1 else target
         fields.setdefault("demonstration", column({"target": message}, "target.content") or target)
     if row.get("level") is None:
         fields["level"] = column(row, "extra_info.level")
@@ -172,9 +170,9 @@ def answer_of(value) -> str | list[str] | None:
         return answers if all(isinstance(answer, str) for answer in answers) else None
     if isinstance(value, str):
         return value if value.strip() else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return str(int(value)) if value == int(value) else str(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if type(value) in (int, float) and abs(value) < math.inf else None
 
 
 def with_box(demonstration: str, answer: str | list[str]) -> str:
@@ -187,84 +185,6 @@ def with_box(demonstration: str, answer: str | list[str]) -> str:
     answer = re.sub(r"\A\$([^$]*)\$\Z", r"\1", answer.strip())
     boxed = answer if "\\boxed" in answer else f"\\boxed{{{answer}}}"
     return f"{demonstration.rstrip()}\n{boxed}"
-
-
-# --------------------------------------------------------------------------- the paper's benchmarks
-
-
-class Benchmark(NamedTuple):
-    """Where a test set lives on the hub, and which of its columns make a problem."""
-
-    hub: str
-    split: str
-    question: str
-    answer: str
-    config: str | None = None
-
-
-# Hub ids and columns as public evaluation code uses them. None of them could be loaded when this
-# was written, so an error names the row.
-BENCHMARKS = {
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", "problem", "answer"),
-    "aime25": Benchmark("math-ai/aime25", "test", "problem", "answer"),
-    "amc": Benchmark("AI-MO/aimo-validation-amc", "train", "problem", "answer"),
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
-    "minerva": Benchmark("math-ai/minervamath", "test", "question", "answer"),
-    "olympiad": Benchmark("math-ai/olympiadbench", "test", "question", "final_answer"),
-    "arc_c": Benchmark("allenai/ai2_arc", "test", "question", "answerKey", "ARC-Challenge"),
-    "gpqa": Benchmark("Idavidrein/gpqa", "train", "Question", "Correct Answer", "gpqa_diamond"),
-}
-
-
-def paper_samples(name: str) -> int:
-    """The paper's samples per problem: 32 for AIME and AMC, 1 for all others.
-
-    name: of a benchmark, or of a file without its suffix, as amc23 or AIME_2024.
-    """
-    return 32 if name.lower().startswith(("aime", "amc")) else 1
-
-
-def load_benchmark(args, name: str, tokenizer) -> tuple[list[dict], str]:
-    """The problems of a benchmark from the hub, tokenised, and a sentence on what was left out."""
-    benchmark, problems = BENCHMARKS[name], []
-    for number, row in enumerate(load_hub(benchmark.hub, benchmark.config, benchmark.split), 1):
-        try:
-            problems.append(from_benchmark(name, row))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise SystemExit(
-                f"error: --bench {name}: row {number} of {benchmark.hub} is not as expected "
-                f"({type(error).__name__}: {error}); it has: {', '.join(row)}"
-            ) from error
-    return tokenize(args, problems, tokenizer)
-
-
-def from_benchmark(name: str, row: dict) -> dict:
-    """One row of a benchmark as a problem. ValueError: it has no question or no answer."""
-    benchmark = BENCHMARKS[name]
-    question, answer = row[benchmark.question], row[benchmark.answer]
-    if name == "arc_c":
-        right = row["choices"]["label"].index(answer)
-        question, answer = multiple_choice(question, row["choices"]["text"], right)
-    elif name == "gpqa":
-        # The data set names the right choice first. They are shuffled, in an order that depends on
-        # the question alone, so that it is the same in every run.
-        texts = [answer.strip()] + [row[f"Incorrect Answer {i}"].strip() for i in (1, 2, 3)]
-        order = [0, 1, 2, 3]
-        random.Random(hashlib.sha256(question.encode()).digest()).shuffle(order)
-        question, answer = multiple_choice(question, [texts[i] for i in order], order.index(0))
-    answer = answer_of(answer)
-    if not question or not answer:
-        raise ValueError("no question or no answer")
-    answer = ", ".join(answer) if isinstance(answer, list) else answer  # OlympiadBench: all of them
-    level = {"level": row["level"]} if "level" in row else {}
-    return {"prompt": question, "answer": answer} | level
-
-
-def multiple_choice(question: str, texts: list[str], right: int) -> tuple[str, str]:
-    """A question with its choices lettered, and the letter of the choice `right`."""
-    letters = [chr(ord("A") + i) for i in range(len(texts))]
-    lines = [f"{letter}. {text}" for letter, text in zip(letters, texts)]
-    return question.strip() + "\n\n" + "\n".join(lines), letters[right]
 
 
 # ---------------------------------------------------------------------- from problems to token ids
@@ -293,12 +213,12 @@ def load_problems(
     rows = read_rows(source)
     found = [to_problem(row, place, args.columns, need_demonstration) for place, row in rows]
     problems = [problem for problem in found if problem]
-    ends = tuple(token for token in special_tokens(tokenizer) if "think>" not in token)
+    ends = tuple(special_tokens(tokenizer))
     boxed = 0
     for problem in problems if need_demonstration else []:
         text = without_end(problem["demonstration"], ends)
         # Another verifier may read no box.
-        if args.reward == "reward:grade" and not re.search(r"\\boxed\s*\{", text):
+        if text.strip() and args.reward == "reward:grade" and not re.search(r"\\boxed\s*\{", text):
             text = with_box(text, problem["answer"])
             boxed += 1
         problem["demonstration"] = text
@@ -317,8 +237,8 @@ def tokenize(
     Prompt and demonstration are tokenised apart, as they are when the model samples a response. A
     demonstration ends in the end-of-sequence token, once. Nothing is cut: a demonstration without
     its end would teach the model never to stop. A special token in the words of a prompt would end
-    its turn, so such a problem is odd. In a demonstration it is plain text, but tags of thoughts,
-    which tokenizers do not call special, are tokens.
+    its turn, so such a problem is odd. In a demonstration it is plain text, but tags of thoughts
+    are tokens. Few tokenizers call these special; there, other special tokens make it odd as well.
 
     limits: the most tokens of a prompt, and of a demonstration with its end.
     odd_rows: how many are left out already.
@@ -326,12 +246,16 @@ def tokenize(
     Returns (the problems that are left, a sentence on the others).
     """
     specials = special_tokens(tokenizer)
+    can_split = specials == special_tokens(tokenizer, but=())
     usable, texts, worked = [], [], []
     for problem in problems:
-        words = json.dumps([problem["prompt"], problem.get("messages")], ensure_ascii=False)
-        if any(special in words for special in specials):
+        system = problem.get("system") if args.system_prompt == "data" else None
+        demonstration = problem.get("demonstration", "none is needed")
+        parts = [problem["prompt"], problem.get("messages"), system]
+        words = json.dumps(parts if can_split else [*parts, demonstration], ensure_ascii=False)
+        if not demonstration.strip() or any(special in words for special in specials):
             continue
-        text = render(problem, tokenizer, args.template, args.system_prompt)
+        text = render(problem, tokenizer, args)
         if text:
             usable.append(problem)
             texts.append(text)
@@ -340,7 +264,7 @@ def tokenize(
     # plain template the tokenizer adds them; one that ends a sequence does not belong there.
     is_plain, end = args.template == "plain", tokenizer.eos_token_id
     prompts = ids_of(texts, tokenizer, add_special_tokens=is_plain)
-    responses = ids_of(worked, tokenizer, add_special_tokens=False, split_special_tokens=True)
+    responses = ids_of(worked, tokenizer, add_special_tokens=False, split_special_tokens=can_split)
     fitting, long_prompts, long_demonstrations = [], 0, 0
     for problem, ids, demo_ids in zip(usable, prompts, responses, strict=True):
         problem = problem | {"prompt_ids": ids[:-1] if is_plain and ids[-1] == end else ids}
@@ -359,10 +283,10 @@ def tokenize(
     return fitting, note + (f": {', '.join(reasons)}" if reasons else "")
 
 
-def special_tokens(tokenizer) -> list[str]:
-    """The texts of a tokenizer's special tokens."""
-    tokens = tokenizer.added_tokens_decoder.values()
-    return [token.content for token in tokens if token.special and token.content.strip()]
+def special_tokens(tokenizer, but=(THINK, "</think>")) -> list[str]:
+    """The texts of a tokenizer's special tokens, but the tags with which a model marks thoughts."""
+    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [text for text in texts if text.strip() and text not in but]
 
 
 def ids_of(texts: list[str], tokenizer, **settings) -> list[list[int]]:
@@ -370,39 +294,38 @@ def ids_of(texts: list[str], tokenizer, **settings) -> list[list[int]]:
     return tokenizer(texts, **settings)["input_ids"] if texts else []
 
 
-def render(problem: dict, tokenizer, template: str, system: str) -> str | None:
-    """The prompt as text, up to where the response begins; None if the template makes none.
+def render(problem: dict, tokenizer, args) -> str | None:
+    """The prompt as text, up to where the response begins; None if the question is not in it.
 
-    Args:
-        template: "chat" for the tokenizer's own chat template, "plain" for the paper's text PLAIN.
-        system: the system message of the chat; "" for none, "data" for the problem's own.
+    args: template, "chat" for the tokenizer's own or "plain" for the paper's text PLAIN;
+    system_prompt, "" for none or "data" for the problem's own; date, which some templates write.
     """
     messages = problem.get("messages") or [{"role": "user", "content": problem["prompt"]}]
-    if template == "plain":
+    if args.template == "plain":
         return PLAIN.replace("{prompt}", problem["prompt"]) if len(messages) == 1 else None
+    system = args.system_prompt
     system = problem.get("system", "") if system == "data" else system
     if system:
         messages = [{"role": "system", "content": system}, *messages]
     goes_on = messages[-1].get("role") == "assistant"
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=not goes_on,
             continue_final_message=goes_on,
             tokenize=False,
+            strftime_now=datetime.date.fromisoformat(args.date).strftime,
         )
     except Exception as error:  # a template is a program that comes with the model
         raise SystemExit(
             f"error: the model's chat template refuses {problem['prompt']!r:.60}: {error}; if it "
             "knows no system message, use --system-prompt '' (or --template plain)"
         ) from error
+    return text if "messages" in problem or problem["prompt"].strip() in text else None
 
 
 def without_end(text: str, ends: tuple[str, ...]) -> str:
-    """A demonstration without the special tokens in which it ends: its end is added later, once.
-
-    Data sets were often written with the end of a turn of some chat template.
-    """
+    """A demonstration without the special tokens in which it ends: its end is added later, once."""
     while text.rstrip().endswith(ends):
         end = next(end for end in ends if text.rstrip().endswith(end))
         text = text.rstrip().removesuffix(end)
@@ -411,6 +334,8 @@ def without_end(text: str, ends: tuple[str, ...]) -> str:
 
 def without_open_tag(text: str, prompt: str) -> str:
     """A demonstration without the <think> that its prompt has written already, if it has."""
+    if prompt.rstrip().endswith("</think>") and text.lstrip().startswith(THINK):
+        raise SystemExit("error: the chat template has closed what a demonstration opens, <think>")
     if not prompt.rstrip().endswith(THINK) or not text.lstrip().startswith(THINK):
         return text
     text = text.lstrip().removeprefix(THINK)

@@ -51,7 +51,7 @@ def init_process_group() -> torch.device:
         SystemExit: torchrun has started more ranks on this machine than it has GPUs.
     """
     end_with_launcher()
-    alone = "WORLD_SIZE" not in os.environ
+    alone = "RANK" not in os.environ
     if alone:
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
         os.environ |= {name: str(value) for name, value in single.items()}
@@ -142,18 +142,19 @@ def progress(items: Iterable, label: str) -> Iterable:
 
 
 def listen_for_stop() -> None:
-    """From now on SIGTERM and the first Ctrl-C are only noted, for `stop_asked`."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """From now on SIGTERM, a closed terminal and the first Ctrl-C are only noted: `stop_asked`."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _note)
 
 
 def _note(number, _frame) -> None:
-    """The handler of both signals; the second Ctrl-C ends the program."""
+    """The handler of these signals; the second Ctrl-C ends the program."""
     if number == signal.SIGINT and number in _signals:
         raise KeyboardInterrupt
     if not _signals and os.environ.get("RANK", "0") == "0":
         # Not print(): the signal may have interrupted another print() of this process.
-        os.write(2, b"\nthe step in hand is finished and saved first; Ctrl-C again ends at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nthe step in hand is finished and saved first; Ctrl-C again ends it\n")
     _signals.append(number)
 
 

@@ -8,6 +8,7 @@ in `check_training` and `check_evaluation`.
 """
 
 import argparse
+import datetime
 import importlib.util
 import json
 import math
@@ -17,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from common.data import BENCHMARKS, PAPER_DATA, SYSTEM, source_name
+from common.benchmarks import BENCHMARKS
+from common.data import PAPER_DATA, SYSTEM, source_name
 from upge import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -26,7 +28,7 @@ COLUMNS = ("prompt", "answer", "demonstration", "system", "level")
 SOURCES = ".jsonl, .json, .parquet, or hub NAME:CONFIG:SPLIT"
 # A resumed run may have other values of these: they change how long it is, what is measured and
 # saved, and how the work is cut, which changes the gradient by rounding at most.
-MAY_CHANGE = {"out", "resume", "steps", "save_every", "eval_every", "probe_gradients"}
+MAY_CHANGE = {"date", "out", "resume", "steps", "save_every", "eval_every", "probe_gradients"}
 MAY_CHANGE |= {"tokens_per_microbatch", "gradient_checkpointing", "tensor_parallel"}
 MAY_CHANGE |= {"gpu_memory_utilization", "wandb", "tensorboard"}
 
@@ -56,6 +58,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 COUNT, COUNT_OR_0 = number(int, 1), number(int, 0)
 POSITIVE, POSITIVE_OR_0 = number(float, 0, above=True), number(float, 0)
 SHARE, SHARE_ABOVE_0 = number(float, 0, 1), number(float, 0, 1, above=True)
+TEMPERATURE = number(float, 0.01, 2)  # vLLM samples at 0.01 where it is told less
+PATH = os.path.expanduser  # an argparse type: ~ is the home, in files of arguments, too
 
 
 def columns(text: str) -> dict[str, str]:
@@ -121,8 +125,13 @@ def training_parser() -> Parser:
     add_model_flags(parser)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", default=PAPER_DATA, metavar="SOURCE", help=f"{SOURCES} (%(default)s)")
-    add("--eval-data", metavar="SOURCE", help="held-out problems to measure accuracy on (none)")
+    add("--data", type=PATH, default=PAPER_DATA, metavar="SOURCE", help=f"{SOURCES} (%(default)s)")
+    add(
+        "--eval-data",
+        type=PATH,
+        metavar="SOURCE",
+        help="held-out problems to measure accuracy on (none)",
+    )
     add_prompt_flags(add)
     add(
         "--max-prompt-tokens", type=COUNT, default=1024, metavar="N", help="longer: left out (1024)"
@@ -133,7 +142,7 @@ def training_parser() -> Parser:
     add("--prompts-per-step", type=COUNT, default=128, metavar="N", help="per rollout step (128)")
     add("--samples-per-prompt", type=COUNT, default=8, metavar="N", help="n, rollouts (8)")
     about = "T; rollouts and losses, demonstrations' too, use softmax(logits / T) (1)"
-    add("--temperature", type=POSITIVE, default=1.0, metavar="X", help=about)
+    add("--temperature", type=TEMPERATURE, default=1.0, metavar="X", help=about)
     add_engine_flags(add, None)
 
     about = f"`python upge.py` prints every METHOD:\n{' '.join(METHODS)}"
@@ -159,25 +168,11 @@ def training_parser() -> Parser:
     add("--gae-gamma", type=SHARE, default=1.0, metavar="X", help="PPO: gamma of GAE (1)")
     add("--gae-lambda", type=SHARE, default=1.0, metavar="X", help="PPO: lambda of GAE (1)")
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=COUNT, default=500, metavar="N", help="rollout steps (500)")
-    about = "optimizer steps per rollout step (2)"
-    add("--minibatches-per-step", type=COUNT, default=2, metavar="N", help=about)
-    about = "tokens per forward pass; does not change the gradient (32768)"
-    add("--tokens-per-microbatch", type=COUNT, default=32768, metavar="N", help=about)
-    add("--lr", type=POSITIVE, default=5e-6, metavar="X", help="learning rate of AdamW (5e-6)")
-    about = "optimizer steps of linear warm-up (0)"
-    add("--warmup-steps", type=COUNT_OR_0, default=0, metavar="N", help=about)
-    add("--weight-decay", type=POSITIVE_OR_0, default=0.01, metavar="X", help="of AdamW (0.01)")
-    about = "clip gradients to this norm; inf: no clip (1)"
-    add("--max-grad-norm", type=POSITIVE, default=1.0, metavar="X", help=about)
-    about = "compute activations twice: less memory, a third more time (on)"
-    kind = argparse.BooleanOptionalAction
-    add("--gradient-checkpointing", action=kind, default=True, help=about)
+    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
 
     add = parser.add_argument_group("output").add_argument
     about = "a new directory, or that of --resume (runs/METHOD-MODEL-seedS-TIME)"
-    add("--out", metavar="DIR", help=about)
+    add("--out", type=PATH, metavar="DIR", help=about)
     add("--seed", type=COUNT_OR_0, default=0, metavar="N", help="random seed (0)")
     about = "steps between evaluations; 0: only before and after (0)"
     add("--eval-every", type=COUNT_OR_0, default=0, metavar="N", help=about)
@@ -194,6 +189,24 @@ def training_parser() -> Parser:
     about = "only estimate the memory, on this machine or on GPUs of so many GB; then end"
     add("--plan", nargs="?", type=POSITIVE_OR_0, const=0.0, metavar="GB", help=about)
     return parser
+
+
+def add_optimisation_flags(add) -> None:
+    """Add the flags that say how the loss is minimised."""
+    add("--steps", type=COUNT, default=500, metavar="N", help="rollout steps (500)")
+    about = "optimizer steps per rollout step (2)"
+    add("--minibatches-per-step", type=COUNT, default=2, metavar="N", help=about)
+    about = "tokens per forward pass; does not change the gradient (32768)"
+    add("--tokens-per-microbatch", type=COUNT, default=32768, metavar="N", help=about)
+    add("--lr", type=POSITIVE, default=5e-6, metavar="X", help="learning rate of AdamW (5e-6)")
+    about = "optimizer steps of linear warm-up (0)"
+    add("--warmup-steps", type=COUNT_OR_0, default=0, metavar="N", help=about)
+    add("--weight-decay", type=POSITIVE_OR_0, default=0.01, metavar="X", help="of AdamW (0.01)")
+    about = "clip gradients to this norm; inf: no clip (1)"
+    add("--max-grad-norm", type=POSITIVE, default=1.0, metavar="X", help=about)
+    about = "compute activations twice: less memory, a third more time (on)"
+    kind = argparse.BooleanOptionalAction
+    add("--gradient-checkpointing", action=kind, default=True, help=about)
 
 
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
@@ -220,11 +233,18 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--resume needs --out: the directory of the run to go on with")
     if args.resume and config.exists():
         saved = json.loads(config.read_text())["flags"]
+        args.date = saved.get("date", args.date)
         now = json.loads(json.dumps(vars(args)))
         for name in saved.keys() & now.keys() - MAY_CHANGE:
-            if saved[name] != now[name]:
+            if saved[name] != now[name] and not is_moved(name, saved[name], now[name]):
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"--resume: the run in {args.out} has {flag} {saved[name]}")
+
+
+def is_moved(name: str, before, now) -> bool:
+    """Whether a flag names the same file or model at another place."""
+    are_paths = name in ("model", "data", "eval_data") and bool(before) and bool(now)
+    return are_paths and Path(before).name == Path(now).name
 
 
 # -------------------------------------------------------------------------------------- evaluate.py
@@ -256,8 +276,9 @@ def evaluation_parser() -> Parser:
     add = parser.add_argument_group("problems").add_argument
     about = "benchmarks from the hub (none)"
     add("--bench", nargs="+", default=[], choices=BENCHMARKS, metavar="NAME", help=about)
-    add("--data", nargs="+", default=[], metavar="SOURCE", help=f"problems: {SOURCES} (none)")
-    # The protocol is the defaults below, and the samples per problem of data.paper_samples.
+    about = f"problems: {SOURCES} (none)"
+    add("--data", nargs="+", type=PATH, default=[], metavar="SOURCE", help=about)
+    # The protocol is the defaults below, and the samples per problem of benchmarks.paper_samples.
     about = "the paper's protocol; on all benchmarks if there is no --bench or --data"
     add("--paper", action="store_true", help=about)
     add_prompt_flags(add)
@@ -274,7 +295,7 @@ def evaluation_parser() -> Parser:
     add("--seed", type=COUNT_OR_0, default=0, metavar="N", help="random seed (0)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--out", metavar="DIR", help="a new directory (runs/eval-MODEL-TIME)")
+    add("--out", type=PATH, metavar="DIR", help="a new directory (runs/eval-MODEL-TIME)")
     about = "two directories, of evaluations or training runs; nothing is sampled"
     add("--compare", nargs=2, metavar=("A", "B"), help=about)
     return parser
@@ -295,6 +316,8 @@ def check_evaluation(parser: Parser, args: argparse.Namespace) -> None:
     if args.paper and args.samples:
         parser.error("--paper sets --samples itself: leave one of the two out")
     args.samples = args.samples or 8
+    if 0 < args.temperature < 0.01 or args.temperature > 2:
+        parser.error("--temperature must be 0, or from 0.01 to 2")
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0 always gives the same answer: use --samples 1")
 
@@ -317,6 +340,7 @@ def check_common(parser: Parser, args: argparse.Namespace) -> None:
 
 def add_model_flags(parser: Parser) -> None:
     """Add the model, and what of its config is replaced."""
+    parser.set_defaults(date=str(datetime.date.today()))  # some chat templates write it
     add = parser.add_argument_group("model").add_argument
     add(
         "--model", metavar="DIR", help="Hugging Face directory or hub id of a causal language model"

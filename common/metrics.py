@@ -1,4 +1,4 @@
-"""What is measured in a step: sums that grow while the step runs, and the metrics made of them.
+"""What is measured in a step: sums that grow meanwhile, the metrics made of them, and their line.
 
 docs/metrics.md says what each metric means.
 """
@@ -232,3 +232,35 @@ def gpu_metrics(parameters: int, tokens: float, seconds: float) -> dict:
             used = 6 * parameters * tokens / seconds
             metrics["perf/mfu"] = used / peak / distributed.world_size()
     return metrics
+
+
+HEADER = (
+    "     step  reward  gated  offline    nll  length  entropy  mismatch     grad   tok/s     sec"
+)
+
+
+def step_line(metrics: dict, last_step: int) -> str:
+    """Return the line of a step; "-" stands for a metric that the step does not have."""
+
+    def cell(name, form):
+        value = metrics.get(name)
+        return "-" if value is None else format(value, form)
+
+    samples = "perf/rollout_tokens_per_sec" in metrics
+    speed = "perf/rollout_tokens_per_sec" if samples else "perf/train_tokens_per_sec"
+    step = f"{metrics['step']}/{last_step}"
+    line = (
+        f"{step:>9}  {cell('reward/mean', '.3f'):>6}  "
+        f"{cell('hpt/sft_frac', '.3f'):>5}  {cell('hpt/offline_ratio', '.3f'):>7}  "
+        f"{cell('sft/nll', '.3f'):>5}  {cell('response_length/mean', '.1f'):>6}  "
+        f"{cell('policy/entropy', '.3f'):>7}  {cell('mismatch/kl', '.1e'):>8}  "
+        f"{cell('optim/grad_norm', '.2g'):>7}  {cell(speed, '.0f'):>6}  "
+        f"{cell('time/step', '.1f'):>6}"
+    )
+    if skipped := metrics.get("optim/skipped", 0) + metrics.get("critic/skipped", 0):
+        line += f"  {skipped} skipped"  # optimizer steps whose gradient was not finite
+    if metrics.get("perf/train_tokens_per_sec") == 0:
+        line += "  nothing to train on"  # no sequence has a signal
+    if "eval/pass@1" in metrics:
+        line += f"  HELD-OUT ACCURACY {metrics['eval/pass@1']:.3f}"
+    return line

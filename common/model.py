@@ -1,6 +1,7 @@
 """A model's files; the policy and PPO's critic under FSDP, how they are updated and saved."""
 
 import functools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +37,32 @@ def load_config_and_tokenizer(args) -> tuple:
         raise SystemExit(f"{where}: its tokenizer has no end-of-sequence token")
     if args.template == "chat" and not tokenizer.chat_template:
         raise SystemExit(f"{where}: its tokenizer has no chat template: use --template plain")
-    if Path(args.model).is_dir() and not any(Path(args.model).glob("*.safetensors")):
-        raise SystemExit(f"{where}: no .safetensors file there, and pickled weights are not read")
+    if Path(args.model).is_dir():
+        check_weight_files(Path(args.model), where)
     return override(config, args.rope_theta, args.max_position_embeddings), tokenizer
+
+
+def check_weight_files(folder: Path, where: str) -> None:
+    """End the program unless transformers and vLLM read the same weights from a model's directory.
+
+    transformers reads model.safetensors, or else the files of the index. vLLM reads the files of
+    the index, or else every .safetensors file.
+    """
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if not files:
+        raise SystemExit(f"{where}: no .safetensors file there, and pickled weights are not read")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        strays = {"model.safetensors"} & files - set(
+            json.loads(index.read_text())["weight_map"].values()
+        )
+    else:
+        strays = files - {"model.safetensors"}
+    if strays:
+        raise SystemExit(
+            f"{where}: vLLM and transformers would read different weights: take away "
+            f"{', '.join(sorted(strays))}, or else the other files of weights"
+        )
 
 
 def end_token_ids(model: str, config, tokenizer) -> list[int]:
@@ -50,14 +74,13 @@ def end_token_ids(model: str, config, tokenizer) -> list[int]:
     """
     from transformers import GenerationConfig
 
-    configs = [config, config.get_text_config()]
+    named = [getattr(c, "eos_token_id", None) for c in (config, config.get_text_config())]
     try:
-        configs.append(GenerationConfig.from_pretrained(model))
-    except OSError:  # not every model has one
-        configs.append(None)
+        named.append(GenerationConfig.get_config_dict(model)[0].get("eos_token_id"))
+    except OSError:
+        named.append(None)  # not every model has a generation_config.json
     ids = [tokenizer.eos_token_id]
-    for named_by in configs:
-        value = getattr(named_by, "eos_token_id", None)
+    for value in named:
         for token in value if isinstance(value, list | tuple) else [value]:
             # Some configs name a token outside the vocabulary, which can never be sampled.
             is_token = isinstance(token, int) and 0 <= token < config.get_text_config().vocab_size
@@ -72,6 +95,7 @@ def override(config, rope_theta: float | None = None, max_position_embeddings: i
     The trainer and the sampler both call this on the config that they read. It also switches
     dropout off: the sampler has none, and the trainer must compute the same probabilities.
     """
+    config.output_attentions = config.output_hidden_states = False  # nobody reads them
     for name, value in config.to_dict().items():
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -196,17 +220,27 @@ class Network(torch.nn.Module):
             if distributed.rank() == 0 and name in stored:
                 weights[name] = tensor.cpu()
         if distributed.rank() == 0:
-            with torch.device("meta"):
-                skeleton = type(self.lm)(self.lm.config).to(next(iter(weights.values())).dtype)
-            if hasattr(self.lm, "generation_config"):  # a critic has none
-                skeleton.generation_config = self.lm.generation_config
-                ids = end_token_ids if len(end_token_ids) > 1 else end_token_ids[0]
-                skeleton.generation_config.eos_token_id = ids
-                # Else transformers may take it for a copy of config.json, and make it anew.
-                if len(end_token_ids) > 1:
-                    skeleton.generation_config._from_model_config = False
-            skeleton.save_pretrained(directory, state_dict=weights)
-            tokenizer.save_pretrained(directory)
+            self.write(directory, tokenizer, end_token_ids, weights)
+
+    def write(self, directory: Path, tokenizer, end_token_ids: list[int], weights: dict) -> None:
+        """Write a Hugging Face directory with these weights, {name: tensor}; {} is a trial.
+
+        Of generation_config.json only the special tokens stay: transformers reads, but refuses to
+        write, much that bases have there, as a temperature without do_sample.
+        """
+        from transformers import GenerationConfig
+
+        dtype = next((tensor.dtype for tensor in weights.values()), torch.float32)
+        with torch.device("meta"):
+            skeleton = type(self.lm)(self.lm.config).to(dtype)
+        if hasattr(self.lm, "generation_config"):  # a critic has none
+            skeleton.generation_config = GenerationConfig(
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=end_token_ids if len(end_token_ids) > 1 else end_token_ids[0],
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        skeleton.save_pretrained(directory, state_dict=weights)
+        tokenizer.save_pretrained(directory)
 
 
 class Policy(Network):
@@ -329,9 +363,12 @@ SAFELY = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
 
 def build_policy(args, config, device) -> Policy:
     """The policy from --model, sharded, with its optimizer."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, **SAFELY)
+    # The base's own generation_config.json is not read: transformers refuses some of its values.
+    lm = AutoModelForCausalLM.from_pretrained(
+        args.model, config=config, generation_config=GenerationConfig(), **SAFELY
+    )
     return shard(Policy(lm, args.temperature), args, device)
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from common import curves
+from common import curves, metrics
 from common.distributed import rank, world_size
 
 # --------------------------------------------------------------------------------------- statistics
@@ -34,7 +34,8 @@ class Score(NamedTuple):
 
     def percent(self) -> str:
         """Return the score as a cell of a table."""
-        return f"{100 * self.mean:.1f} ± {100 * self.error:.1f}"
+        error = "" if math.isnan(self.error) else f" ± {100 * self.error:.1f}"
+        return f"{100 * self.mean:.1f}{error}"
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -115,6 +116,14 @@ def make_directory(path: str | Path, exist_ok: bool = False) -> Path:
     except OSError as error:
         raise SystemExit(f"error: --out {path} cannot be made: {error.strerror}") from error
     return path
+
+
+def say(text: str) -> None:
+    """Print a line. If the console is gone, as behind `| head`, the run goes on without it."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def versions_and_commit() -> dict:
@@ -233,12 +242,16 @@ def open_run(args) -> Path:
 
 
 def cut_logs(out: Path, last_step: int) -> None:
-    """Leave in the run's .jsonl files the lines of the steps up to `last_step`; -1: none."""
+    """Leave in the run's .jsonl files the lines of the steps up to `last_step`.
+
+    With -1 the run begins anew, and the files get another name.
+    """
     for path in [out / name for name in LOGS if (out / name).exists()]:
-        kept = [row for row in read_jsonl(path, ("step",)) if row["step"] <= last_step]
-        replace_file(path, lines_of(kept))
-        if not kept:
-            path.unlink()
+        if last_step < 0:
+            path.replace(path.with_name(path.name + ".old"))
+        else:
+            kept = [row for row in read_jsonl(path, ("step",)) if row["step"] <= last_step]
+            replace_file(path, lines_of(kept))
 
 
 _copies = []  # functions of a row of metrics, those that the flags ask for, on rank 0
@@ -293,6 +306,9 @@ def print_plan(
         return
     ranks = "1 rank" if world_size() == 1 else f"{world_size()} ranks"
     first = problems[0]
+    dates = []
+    if args.template == "chat" and "strftime_now" in str(tokenizer.chat_template):
+        dates = [f"the chat template writes a date: {args.date}, also after --resume"]
     lines = [
         f"\n{args.method} on {args.model}: {parameters / 1e6:,.1f} M parameters, {ranks}",
         *memory_lines,
@@ -301,61 +317,32 @@ def print_plan(
         f"{args.minibatches_per_step} optimizer steps each; "
         f"micro-batches of {args.tokens_per_microbatch} tokens per rank",
         f"writing to {out}",
+        *dates,
         "\nthe first problem, as the model sees it, and its demonstration if it is used:",
         repr(tokenizer.decode(first["prompt_ids"])),
     ]
     if "demo_ids" in first:
         lines.append(repr(tokenizer.decode(first["demo_ids"])[:600]))
-    print("\n".join(lines) + "\n", flush=True)
+    say("\n".join(lines) + "\n")
 
 
-HEADER = (
-    "     step  reward  gated  offline    nll  length  entropy  mismatch     grad   tok/s     sec"
-)
 _lines = itertools.count()  # the numbers of the lines that this process prints
 
 
-def log(out: Path, metrics: dict, last_step: int) -> None:
+def log(out: Path, measured: dict, last_step: int) -> None:
     """Append a step's metrics to metrics.jsonl and to its copies, and print a line (rank 0).
 
     A number that is not finite becomes null: JSON has no nan, and other readers refuse it.
     """
     if rank() != 0:
         return
-    finite = {name: x for name, x in metrics.items() if x is not None and math.isfinite(x)}
-    append_jsonl(out / "metrics.jsonl", [dict.fromkeys(metrics) | finite])
+    finite = {name: x for name, x in measured.items() if x is not None and math.isfinite(x)}
+    append_jsonl(out / "metrics.jsonl", [dict.fromkeys(measured) | finite])
     for copy in _copies:
         copy(finite)
     if next(_lines) % 20 == 0:
-        print(HEADER)
-    print(step_line(metrics, last_step), flush=True)
-
-
-def step_line(metrics: dict, last_step: int) -> str:
-    """Return the line of a step; "-" stands for a metric that the step does not have."""
-
-    def cell(name, form):
-        value = metrics.get(name)
-        return "-" if value is None else format(value, form)
-
-    samples = "perf/rollout_tokens_per_sec" in metrics
-    speed = "perf/rollout_tokens_per_sec" if samples else "perf/train_tokens_per_sec"
-    step = f"{metrics['step']}/{last_step}"
-    line = (
-        f"{step:>9}  {cell('reward/mean', '.3f'):>6}  "
-        f"{cell('hpt/sft_frac', '.3f'):>5}  {cell('hpt/offline_ratio', '.3f'):>7}  "
-        f"{cell('sft/nll', '.3f'):>5}  {cell('response_length/mean', '.1f'):>6}  "
-        f"{cell('policy/entropy', '.3f'):>7}  {cell('mismatch/kl', '.1e'):>8}  "
-        f"{cell('optim/grad_norm', '.2g'):>7}  {cell(speed, '.0f'):>6}  "
-        f"{cell('time/step', '.1f'):>6}"
-    )
-    if skipped := metrics.get("optim/skipped", 0) + metrics.get("critic/skipped", 0):
-        line += f"  {skipped} skipped"  # optimizer steps whose gradient was not finite
-    if metrics.get("perf/train_tokens_per_sec") == 0:
-        line += "  nothing to train on"  # no sequence has a signal
-    if "eval/pass@1" in metrics:
-        line += f"  HELD-OUT ACCURACY {metrics['eval/pass@1']:.3f}"
-    return line
+        say(metrics.HEADER)
+    say(metrics.step_line(measured, last_step))
 
 
 def log_samples(out: Path, step: int, prompts: list, count: int = 3) -> None:
@@ -385,16 +372,24 @@ def closing_table(out: Path, args) -> None:
     """
     if os.environ.get("RANK", "0") != "0":  # the process group, and rank() with it, has ended
         return
-    if (out / "held_out.jsonl").exists():
-        rows = read_results(out / "held_out.jsonl")
-        before = [row for row in rows if row["step"] == 0]
-        after = [row for row in rows if row["step"] == rows[-1]["step"]]
-        print(f"\nheld-out accuracy at temperature {args.temperature:g}, ± one standard error:")
-        print("\n".join(markdown_table(accuracy_rows(before, after))))
-        print(f"\n{accuracy_sentence(before, after)}")
-    curves.plot({out.name: [read_metrics(out)]}, out / "curves.png")
-    names = sorted(path.name for path in out.iterdir())
-    print(f"\nwritten to {out}: {', '.join(names)}", flush=True)
+    try:
+        if (out / "held_out.jsonl").exists():
+            say(before_and_after(read_results(out / "held_out.jsonl"), args.temperature))
+        curves.plot({out.name: [read_metrics(out)]}, out / "curves.png")
+    except (Exception, SystemExit) as error:  # the model is saved: the run has ended well
+        say(f"warning: the closing table or curves.png is left out: {error}")
+    say(f"\nwritten to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def before_and_after(rows: list[dict], temperature: float) -> str:
+    """Return the table and the sentence on held-out accuracy; rows have the "step" of each."""
+    before = [row for row in rows if row["step"] == 0]
+    after = [row for row in rows if row["step"] == rows[-1]["step"]]
+    if [row["prompt"] for row in before] != [row["prompt"] for row in after]:
+        return "\nThe held-out problems have changed since step 0, so there is no table."
+    table = "\n".join(markdown_table(accuracy_rows(before, after)))
+    title = f"held-out accuracy at temperature {temperature:g}, ± one standard error:"
+    return f"\n{title}\n{table}\n\n{accuracy_sentence(before, after)}"
 
 
 def accuracy_rows(before: list[dict], after: list[dict]) -> list[list]:

@@ -1,13 +1,12 @@
 """What all tests share: GPUs are hidden from them, and the toy is trained once for all of them.
 
-tests/test_gpu.py looks at GPUs, in processes of its own.
+tests/test_gpu.py looks at GPUs, in processes that see them.
 """
 
 import os
 
 import pytest
 
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # as the user has set it
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

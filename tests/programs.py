@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,22 @@ def run(program, *flags, ranks=None, fails=False, folder=ROOT, **more):
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=900, **more)
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-6000:]
     return done
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and is not a zombie, which has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds: float = 300) -> None:
+    """Wait until condition() is true; fail if that takes too long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def read(path: Path) -> list[dict]:

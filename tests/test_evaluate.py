@@ -126,11 +126,11 @@ def run_here(monkeypatch, tmp_path):
     def load(args, source, tokenizer):
         return loaded[str(source).removesuffix(".jsonl")], "1 left out"
 
-    monkeypatch.setattr(evaluate.data, "load_config_and_tokenizer", lambda args: (None, None))
+    monkeypatch.setattr(evaluate.model, "load_config_and_tokenizer", lambda args: (None, None))
     monkeypatch.setattr(evaluate.data, "load_problems", load)
     monkeypatch.setattr(evaluate.data, "source_name", lambda source: source.removesuffix(".jsonl"))
-    monkeypatch.setattr(evaluate.data, "check_context", lambda *_: None)
-    monkeypatch.setattr(evaluate.data, "end_token_ids", lambda *_: [0])
+    monkeypatch.setattr(evaluate.model, "check_context", lambda *_: None)
+    monkeypatch.setattr(evaluate.model, "end_token_ids", lambda *_: [0])
     monkeypatch.setattr(evaluate.reward, "Verifier", lambda function: StandInVerifier())
     monkeypatch.setattr(evaluate.rollout, "build", lambda args, **_: StandInSampler())
     monkeypatch.setattr(distributed, "init_process_group", lambda: None)
@@ -203,7 +203,7 @@ def test_the_rows_of_a_table_by_hand():
     assert evaluate.table(results) == [
         ["benchmark", "problems", "n", "avg@n, %", "pass@2, %", "truncated, %", "tokens"],
         ["amc23", 2, 2, "75.0 ± 25.0", "100.0 ± 0.0", "25.0", "25.0"],
-        ["mine, level 1", 1, 1, "100.0 ± nan", "", "0.0", "5.0"],
+        ["mine, level 1", 1, 1, "100.0", "", "0.0", "5.0"],
         ["mine, level 2", 2, 1, "0.0 ± 0.0", "", "0.0", "6.0"],
         ["mine", 3, 1, "33.3 ± 33.3", "", "0.0", "5.7"],
         ["mean of 2", "", "", "54.2 ± 20.8", "", "", ""],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import ROOT
 
-from common import data, flags
+from common import benchmarks, data, flags
 
 TRAINING, EVALUATION = flags.training_parser(), flags.evaluation_parser()
 
@@ -131,7 +131,7 @@ def test_flags_of_an_evaluation_that_go_together():
 
 def test_paper_is_one_flag():
     args = flags.parse_evaluation_args(["--model", "m", "--paper"])
-    assert args.bench == list(data.BENCHMARKS)
+    assert args.bench == list(benchmarks.BENCHMARKS)
     assert (args.temperature, args.top_p, args.max_response_tokens) == (0.6, 0.95, 8192)
     assert (args.system_prompt, args.template) == (data.SYSTEM, "chat")
     assert evaluate("--paper", "--bench", "amc").bench == ["amc"]

@@ -4,13 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from programs import ROOT, TORCHRUN
+from programs import ROOT, TORCHRUN, is_alive, wait_for
 
 from common import distributed
 
@@ -82,27 +80,17 @@ def test_a_sentence_of_all_ranks_is_printed_once(job):
     assert done.returncode != 0 and done.stderr.count("error: planted\n") == 1
 
 
-def is_alive(pid):
-    """Whether a process is there and is not a zombie, which has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_kill_9_of_torchrun_leaves_no_rank(job):
     """The kernel kills them; torchrun has no time to."""
     with subprocess.Popen([*job, "waits"], stdout=subprocess.PIPE, text=True) as launcher:
         ranks = [int(launcher.stdout.readline().split()[1]) for _ in range(2)]
         assert all(map(is_alive, ranks))
         launcher.kill()
-        deadline = time.monotonic() + 300
-        while any(map(is_alive, ranks)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        left = [pid for pid in ranks if is_alive(pid)]
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-    assert not left
+        try:
+            wait_for(lambda: not any(map(is_alive, ranks)), seconds=120)
+        finally:
+            for pid in filter(is_alive, ranks):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_single_process_has_no_store_that_listens():

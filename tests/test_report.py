@@ -3,16 +3,19 @@
 import itertools
 import json
 import math
+import os
 import random
 import statistics
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from common import curves, report
+from common import curves, metrics, report
 from tools import plot
 
+ROOT = report.REPOSITORY
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -79,8 +82,11 @@ def test_summary_by_hand():
 
 def test_held_out_metrics_are_the_means_of_a_summary():
     results = [result(c, samples=2) for c in (1, 0, 2, 2)]
-    metrics = report.held_out_metrics(results)
-    assert metrics == {"eval/avg@2": 0.625, "eval/pass@1": 0.625, "eval/pass@2": 0.75}
+    assert report.held_out_metrics(results) == {
+        "eval/avg@2": 0.625,
+        "eval/pass@1": 0.625,
+        "eval/pass@2": 0.75,
+    }
 
 
 def test_the_error_of_a_difference_is_paired():
@@ -129,7 +135,8 @@ def test_logs_are_cut_to_a_step(tmp_path):
         assert [row["step"] for row in report.read_jsonl(tmp_path / name)] == [0, 1, 1]
         assert (tmp_path / name).read_text().endswith("\n")
     report.cut_logs(tmp_path, -1)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"mine.jsonl", *(f"{name}.old" for name in report.LOGS)}
 
 
 def test_a_markdown_table_is_aligned_and_has_no_control_characters():
@@ -157,6 +164,7 @@ def flags_of_a_run(**more):
     values = {"method": "hpt", "model": "models/base", "data": "train.jsonl", "steps": 60}
     values |= {"prompts_per_step": 32, "minibatches_per_step": 2, "tokens_per_microbatch": 2048}
     values |= {"temperature": 1.0, "seed": 3, "out": None, "resume": False, "clip_eps": math.inf}
+    values |= {"template": "chat", "date": "2026-11-29"}
     return SimpleNamespace(**(values | {"tensorboard": False, "wandb": None} | more))
 
 
@@ -187,7 +195,7 @@ def test_the_plan_shows_the_first_problem_without_control_characters(capsys):
         "runs/x",
         parameters=500_000_000,
         memory_lines=["8 GB of memory"],
-        tokenizer=SimpleNamespace(decode=lambda ids: f"\x1b{ids}"),
+        tokenizer=SimpleNamespace(decode=lambda ids: f"\x1b{ids}", chat_template=""),
         problems=[{"prompt_ids": [1, 2], "demo_ids": [3]}],
         left_out="3 left out",
         held_out=[],
@@ -232,15 +240,15 @@ def test_a_line_by_hand_and_null_in_the_file(tmp_path, capsys):
 
 
 def test_what_is_not_there_at_every_step_stands_at_the_end():
-    def behind(**metrics):
-        more = {name.replace("_", "/", 1): value for name, value in metrics.items()}
-        return report.step_line(STEP | more, 36)[len(report.HEADER) :]
+    def behind(**values):
+        more = {name.replace("_", "/", 1): value for name, value in values.items()}
+        return metrics.step_line(STEP | more, 36)[len(metrics.HEADER) :]
 
     assert behind(optim_skipped=0, critic_skipped=0) == ""
     assert behind(optim_skipped=1, critic_skipped=2) == "  3 skipped"
     assert behind(perf_train_tokens_per_sec=0) == "  nothing to train on"
     assert behind(**{"eval/pass@1": 0.98765}) == "  HELD-OUT ACCURACY 0.988"
-    sft = report.step_line({"step": 1, "perf/train_tokens_per_sec": 123.4}, 36)
+    sft = metrics.step_line({"step": 1, "perf/train_tokens_per_sec": 123.4}, 36)
     assert sft.split() == ["1/36", *["-"] * 8, "123", "-"]
 
 
@@ -317,7 +325,7 @@ def test_the_closing_table_compares_the_first_and_the_last_evaluation(
         "| level | problems |   before, % |    after, % |\n"
         "| ----- | -------: | ----------: | ----------: |\n"
         "| 1     |        2 | 75.0 ± 25.0 | 100.0 ± 0.0 |\n"
-        "| 2     |        1 |   0.0 ± nan |  50.0 ± nan |\n"
+        "| 2     |        1 |         0.0 |        50.0 |\n"
         "| all   |        3 | 50.0 ± 28.9 | 83.3 ± 16.7 |\n"
         "\n"
         "Held-out accuracy did not clearly change: it went from 50.0 ± 28.9 % to 83.3 ± 16.7 %.\n"
@@ -325,6 +333,38 @@ def test_the_closing_table_compares_the_first_and_the_last_evaluation(
         f"written to {tmp_path}: curves.png, held_out.jsonl, metrics.jsonl\n"
     )
     assert (tmp_path / "curves.png").read_bytes()[:8] == PNG
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        ("other problems", "The held-out problems have changed since step 0"),
+        ("half a line in the middle", "warning: the closing table or curves.png is left out"),
+        ("no metrics", "warning: the closing table or curves.png is left out"),
+    ],
+)
+def test_the_last_thing_of_a_run_never_fails_it(tmp_path, capsys, damage, sentence):
+    report.append_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "reward/mean": 0.5}])
+    for step, prompt in ((0, "a"), (6, "b" if damage == "other problems" else "a")):
+        rows = [result(1) | {"prompt": prompt}]
+        report.write_results(tmp_path / "held_out.jsonl", rows, step=step)
+    if damage == "half a line in the middle":
+        with open(tmp_path / "held_out.jsonl", "a") as file:
+            file.write('{"step": 3\n{"step": 6}\n')
+    if damage == "no metrics":
+        (tmp_path / "metrics.jsonl").unlink()
+    report.closing_table(tmp_path, flags_of_a_run())
+    out = capsys.readouterr().out
+    assert sentence in out and f"written to {tmp_path}" in out
+
+
+def test_a_run_goes_on_without_its_console(tmp_path):
+    """`torchrun train_hpt.py | head`: the second line finds a pipe that nobody reads."""
+    program = "from common import report; [report.say('x' * 9) for _ in range(9)]; print('end')"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writing, timeout=60)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ wrong in it is a `fault`: a function below, which the process calls before `main
 
 import functools
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -16,14 +15,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from helpers import tiny_lm
-from programs import ROOT, command, metrics
+from programs import ROOT, command, is_alive, metrics, wait_for
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -314,21 +312,12 @@ def test_a_second_interrupt_ends_at_once(run, tmp_path):
     assert status != 0 and not list(tmp_path.glob("run/step_000002"))
 
 
-def test_a_signal_in_the_last_step_changes_nothing(run, tmp_path):
-    out, fault = tmp_path / "run", (send, 1, signal.SIGTERM)
-    assert run(out, "--save-every", 0, "--steps", 1, fault=fault)[0] == 0
-    assert (out / "final").is_dir()
-
-
 # ----------------------------------------------------------------------------------- what is saved
 
 
 def test_the_newest_two_checkpoints_stay(straight):
-    assert [n for n in names(straight) if n[:4] in ("step", "fina")] == [
-        "final",
-        "step_000002",
-        "step_000003",
-    ]
+    kept = [name for name in names(straight) if (straight / name).is_dir()]
+    assert kept == ["final", "step_000002", "step_000003"]
 
 
 def blind(args):
@@ -389,26 +378,20 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
 # ------------------------------------------------------------------------------ damaged, changed
 
 
-@pytest.fixture
-def half(straight, tmp_path):
-    """A copy of the straight run as it was after step 3, with the lines of step 4."""
+def test_a_checkpoint_that_cannot_be_read_is_named(run, straight, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(straight, out)
-    shutil.rmtree(out / "final")
-    return out
-
-
-def test_a_checkpoint_that_cannot_be_read_is_named(run, straight, half):
-    [path] = (half / "step_000003/trainer").glob("*.distcp")
+    shutil.rmtree(out / "final")  # the newest is then that of step 3
+    [path] = (out / "step_000003/trainer").glob("*.distcp")
     os.truncate(path, path.stat().st_size // 2)
-    before = metrics(half)
-    status, output = run(half)
-    sentence = f"error: the checkpoint {half}/step_000003 cannot be read: "
+    before = metrics(out)
+    status, output = run(out)
+    sentence = f"error: the checkpoint {out}/step_000003 cannot be read: "
     assert status == 1 and output.count(sentence) == 1 and "Traceback" not in output
-    assert metrics(half) == before  # nothing is cut
-    shutil.rmtree(half / "step_000003")  # as the sentence says
-    assert run(half)[0] == 0
-    assert_same_run(half, straight)
+    assert metrics(out) == before  # nothing is cut
+    shutil.rmtree(out / "step_000003")  # as the sentence says
+    assert run(out)[0] == 0
+    assert_same_run(out, straight)
 
 
 def test_fewer_steps_than_are_done(run, straight):
@@ -416,14 +399,12 @@ def test_fewer_steps_than_are_done(run, straight):
     assert status == 1 and f"error: --steps 3: {straight}/final has done 4 steps" in output
 
 
-CHANGES = [
-    (["--lr", "0.5"], "has --lr 0.01"),
-    (["--seed", "4"], "has --seed 3"),
-    (["--method", "rloo"], "has --method ppo"),
-    (["--prompts-per-step", "5"], "has --prompts-per-step 4"),
-    (["--eval-data", "other.jsonl"], "has --eval-data made-up.jsonl"),
-    (["--clip-eps", "inf"], "has --clip-eps None"),
-]
+CHANGES = {
+    "--lr 0.5": "has --lr 0.01",
+    "--method rloo": "has --method ppo",
+    "--eval-data other.jsonl": "has --eval-data made-up.jsonl",
+    "--clip-eps inf": "has --clip-eps None",
+}
 
 
 def parse(base, out, *more):
@@ -431,23 +412,17 @@ def parse(base, out, *more):
     return flags.parse_training_args([*words, "--resume", *more])
 
 
-@pytest.mark.parametrize("change, sentence", CHANGES)
-def test_a_flag_that_would_change_the_run_is_named(straight, base, capsys, change, sentence):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_flag_that_would_change_the_run_is_named(straight, base, capsys, change):
     with pytest.raises(SystemExit):
-        parse(base, straight, *change)
-    assert f"--resume: the run in {straight} {sentence}" in capsys.readouterr().err
+        parse(base, straight, *change.split())
+    sentence = f"--resume: the run in {straight} {CHANGES[change]}"
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_flag_that_does_not_change_the_run_may_differ(straight, base):
     more = "--steps 9 --save-every 3 --eval-every 1 --tokens-per-microbatch 50"
     assert parse(base, straight, *more.split()).steps == 9
-
-
-def test_a_run_from_before_there_was_a_flag_goes_on(straight, base, tmp_path):
-    config = json.loads((straight / "config.json").read_text())
-    del config["flags"]["entropy_coef"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert parse(base, tmp_path).entropy_coef == 0
 
 
 # ------------------------------------------------------------------------------ the real program
@@ -460,20 +435,6 @@ def descendants(pid):
         for child in children.read_text().split():
             found += [int(child), *descendants(child)]
     return found
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(condition, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

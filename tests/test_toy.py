@@ -2,7 +2,6 @@
 
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from programs import BASE, ROOT, read
@@ -54,7 +53,7 @@ def test_a_wrong_total_is_carried_on():
 
 
 def test_the_shipped_tokenizer_is_the_one_that_make_builds():
-    args = SimpleNamespace(model=str(BASE), rope_theta=None, max_position_embeddings=None)
+    args = flags.parse_training_args([])
     made, (_, shipped) = make.tokenizer(), model.load_config_and_tokenizer(args)
     texts = [row["demonstration"] for row in read(ROOT / "toy/held_out.jsonl")]
     assert shipped(texts)["input_ids"] == made(texts)["input_ids"]
