@@ -83,8 +83,8 @@ def main(args) -> None:
     if is_rank_0:
         lines = settings(args, test_sets)
         lines += ["", *report.markdown_table(table(results)), "", TABLE_NOTE.format(lost)]
-        (out / "table.md").write_text("\n".join(lines) + "\n")
-        print("\n".join(["", *lines, "", f"written to {out}"]), flush=True)
+        report.replace_file(out / "table.md", "\n".join(lines) + "\n")
+        report.say("\n".join(["", *lines, "", f"written to {out}"]))
 
 
 # ---------------------------------------------------------------------------------------- measuring

@@ -22,6 +22,8 @@ MODULES = "torch|vllm|transformers|huggingface_hub|datasets|numpy|pydantic|matpl
 
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
+if hasattr(sys.stdout, "reconfigure"):  # a console that is not UTF-8 gets escapes for ± and such
+    sys.stdout.reconfigure(errors="backslashreplace")
 # A file or a pipe gets no progress bars.
 if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
     os.environ.setdefault("TQDM_DISABLE", "1")

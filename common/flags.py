@@ -342,9 +342,8 @@ def add_model_flags(parser: Parser) -> None:
     """Add the model, and what of its config is replaced."""
     parser.set_defaults(date=str(datetime.date.today()))  # some chat templates write it
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model", metavar="DIR", help="Hugging Face directory or hub id of a causal language model"
-    )
+    about = "Hugging Face directory or hub id of a causal language model"
+    add("--model", type=PATH, metavar="DIR", help=about)
     about = "replaces the config's value; the paper: 40000 for Qwen2.5-Math"
     add("--rope-theta", type=POSITIVE, metavar="X", help=about)
     about = "replaces the config's value; the paper: 16384 for Qwen2.5-Math"

@@ -72,13 +72,13 @@ def end_token_ids(model: str, config, tokenizer) -> list[int]:
     where a chat model was made of a base model. The sampler stops at all of them, and a model that
     was trained is saved with all of them: else it would not know its own end.
     """
-    from transformers import GenerationConfig
+    from transformers.utils import cached_file
 
     named = [getattr(c, "eos_token_id", None) for c in (config, config.get_text_config())]
-    try:
-        named.append(GenerationConfig.get_config_dict(model)[0].get("eos_token_id"))
-    except OSError:
-        named.append(None)  # not every model has a generation_config.json
+    # Not every model has this file, and transformers refuses to read some.
+    file = cached_file(model, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    if file:
+        named.append(json.loads(Path(file).read_text()).get("eos_token_id"))
     ids = [tokenizer.eos_token_id]
     for value in named:
         for token in value if isinstance(value, list | tuple) else [value]:

@@ -154,7 +154,7 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Write a file beside its place and rename it, so that it is never there in part."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
+    new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 

@@ -209,7 +209,7 @@ def write_report(folder: Path, arms: dict[str, Arm], labels: list[str], seeds: i
         parents = runs.get(arms[label].parent, {})
         rows.append(table_row(label, of_arm, parents))
     text = "\n".join(report.markdown_table(rows))
-    (folder / "comparison.md").write_text(text + "\n")
+    (folder / "comparison.md").write_text(text + "\n", encoding="utf-8")
     drawn = {label: list(of_arm.values()) for label, of_arm in runs.items()}
     curves.plot(drawn, folder / "comparison.png", PANELS)
     return text

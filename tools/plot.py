@@ -6,7 +6,10 @@ python -m tools.plot runs/A runs/B --out curves.png
 import argparse
 from pathlib import Path
 
-from common import curves, report
+try:
+    from common import curves, report
+except ModuleNotFoundError as error:
+    raise SystemExit("error: start it in the repository's folder: python -m tools.plot") from error
 
 
 def main(argv: list[str] | None = None) -> None:

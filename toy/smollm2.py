@@ -54,8 +54,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     if folder.exists():
         parser.error(f"{folder} exists already: name another directory")
-    folder.mkdir(parents=True)  # before the conversion, which takes half a minute
-    convert(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)  # before the conversion, which takes half a minute
+    convert(partial)
+    partial.rename(folder)
     print(folder)
 
 
