@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception by its class
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from common import distributed, report
@@ -131,7 +132,7 @@ def load(directory: Path, networks: list) -> None:
     state = state_of(networks)
     try:
         dcp.load(state, checkpoint_id=directory / "trainer")
-    except Exception as error:  # of many kinds: a file may be missing, cut off, of another model
+    except (Exception, CheckpointException) as error:  # a file is missing, or cut off
         raise SystemExit(
             f"error: the checkpoint {directory} cannot be read: {type(error).__name__}: "
             f"{str(error)[:300]}: remove it, and --resume takes the one before"

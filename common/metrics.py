@@ -177,9 +177,10 @@ def data_metrics(prompts: list) -> dict:
     """What was sampled and what is trained on."""
     rollouts_trained = sum(len(p.rollouts) for p in prompts if p.alpha)
     demonstrations_trained = sum(p.beta > 0 for p in prompts)
+    trained = rollouts_trained + demonstrations_trained
     demo_tokens = sum(len(p.problem["demo_ids"]) for p in prompts if p.beta)
     return {
-        "hpt/offline_ratio": demonstrations_trained / (rollouts_trained + demonstrations_trained),
+        "hpt/offline_ratio": demonstrations_trained / max(1, trained),
         "data/rollouts": sum(len(p.rollouts) for p in prompts),
         "data/demo_tokens": demo_tokens,
     }

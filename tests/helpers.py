@@ -1,5 +1,7 @@
 """What several test files share: small models, a made-up step, processes of their own."""
 
+import os
+import sys
 import time
 from typing import NamedTuple
 
@@ -84,9 +86,17 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
+def _call(rank, function, args):
+    """Call it, and end at once: threads of torch can abort the exit of an interpreter."""
+    function(rank, *args)
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def spawn(function, *args, processes: int = 1, seconds: float = 300) -> None:
     """Run function(rank, *args) in processes of their own; the test fails if they take too long."""
-    context = torch.multiprocessing.spawn(function, args, nprocs=processes, join=False)
+    work = (function, args)
+    context = torch.multiprocessing.spawn(_call, work, nprocs=processes, join=False)
     deadline = time.monotonic() + seconds
     while not context.join(timeout=5):
         if time.monotonic() > deadline:

@@ -105,7 +105,8 @@ def test_a_single_process_has_no_store_that_listens():
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    monkeypatch.setattr(os, "environ", os.environ | ranks)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("it has begun"))
@@ -120,7 +121,7 @@ def test_what_the_user_has_set_and_several_machines(monkeypatch):
         ({"WORLD_SIZE": "16"}, None),  # the user says where the machines reach each other
         ({"WORLD_SIZE": "8"}, "lo"),
     ):
-        environment = {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "0"} | more
+        environment = {"LOCAL_WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"} | more
         monkeypatch.setattr(os, "environ", environment)
         distributed.init_process_group()
         assert environment.get("GLOO_SOCKET_IFNAME") == wanted

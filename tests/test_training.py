@@ -210,12 +210,6 @@ def test_alpha_and_beta_of_each_prompt(name, gamma, wanted):
     assert apply_gate(gate, rewards, 1, METHODS[name]) == wanted
 
 
-def test_fractions_are_compared_in_float64():
-    """In float32 the mean of 0.1 and 0.1 is above 0.1."""
-    gate = train_hpt.load_gate(SimpleNamespace(gate=None, gamma=0.1))
-    assert apply_gate(gate, [[0.1, 0.1]], 1, METHODS["hpt"]) == ([0], [1])
-
-
 def test_a_gate_of_ones_own_is_given_rewards_and_step():
     gate = train_hpt.load_gate(SimpleNamespace(gate="test_training:own_gate"))
     alpha, beta = apply_gate(gate, [[1.0, 0.0], [0.0, 0.0]], 4, METHODS["hpt"])
