@@ -53,7 +53,7 @@ def main(args) -> None:
     longest = max(len(p["prompt_ids"]) for test_set in test_sets for p in test_set.problems)
     model.check_context(config, longest, args.max_response_tokens)
 
-    # 2. Start the verifier's processes, before this one holds threads or a GPU, then the engine.
+    # 2. Start the verifier, which fails fast, then the engine.
     with reward.Verifier(function=args.reward) as verifier:
         distributed.init_process_group()
         is_rank_0 = distributed.rank() == 0
@@ -159,7 +159,7 @@ TABLE_NOTE = (
     "±: one standard error over problems. tokens: mean response length. "
     "The verifier gave up {} responses, which count as wrong."
 )
-NO_SETTINGS = ("bench", "data", "paper", "samples", "out", "compare")  # the table says n
+NO_SETTINGS = ("bench", "data", "paper", "samples", "out")  # the table says n
 
 
 def settings(args, test_sets: list[TestSet]) -> list[str]:
@@ -168,8 +168,8 @@ def settings(args, test_sets: list[TestSet]) -> list[str]:
     found = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     known = report.versions_and_commit()
     found |= {"device": device} | known["versions"] | {"commit": known["commit"]}
-    found |= {test_set.name: test_set.note for test_set in test_sets}
-    return [f"- {name}: {value}" for name, value in found.items() if value not in (None, "", {})]
+    pairs = [*found.items(), *((test_set.name, test_set.note) for test_set in test_sets)]
+    return [f"- {name}: {value}" for name, value in pairs if value not in (None, "", {})]
 
 
 def table(results: dict[str, list[dict]]) -> list[list]:
@@ -233,7 +233,9 @@ def read_evaluation(path: str) -> dict[str, list[dict]]:
     is_training = Path(path, "config.json").exists()
     files = Path(path).glob("held_out.jsonl" if is_training else "*.jsonl")
     results = {file.stem: report.read_results(file) for file in sorted(files)}
-    if is_training and results:
+    if not any(results.values()):
+        raise SystemExit(f"error: --compare: {path} holds no results, of evaluate.py or of a run")
+    if is_training:
         rows = results["held_out"]
         results["held_out"] = [row for row in rows if row["step"] == rows[-1]["step"]]
     return results

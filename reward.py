@@ -37,7 +37,7 @@ from tqdm import tqdm
 LONGEST = 2000  # characters of a final answer worth reading
 START = 60.0  # seconds that a worker may take to import what it needs
 GRADE = "reward:grade"
-ALL_LOST = 8  # the run ends where this many answers in a row are lost
+ALL_LOST = 8  # the run ends after so many lost answers, in calls that lost every answer
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
@@ -506,7 +506,7 @@ def _own_verifier():
 
 
 class Verifier:
-    """A pool of worker processes. Build it before CUDA and vLLM start; use it in a `with` block.
+    """A pool of worker processes; use it in a `with` block.
 
     Args:
         workers: how many; by default this rank's share of the cores, 8 at most.
@@ -531,7 +531,7 @@ class Verifier:
         if function != GRADE and file.is_file():
             self.file = [str(file), file.read_text(encoding="utf-8")]
         self.idle = queue.SimpleQueue()
-        # One thread minds one worker; the kernel ends a worker with the thread that started it.
+        # They live as long as the pool: the kernel ends a worker with the thread that started it.
         self.threads = ThreadPoolExecutor(workers)
         for worker in self.threads.map(lambda _: self._start(), range(workers)):
             self.idle.put(worker)
@@ -555,7 +555,7 @@ class Verifier:
             A list of floats. A lost answer has 0.0.
 
         Raises:
-            SystemExit: where ALL_LOST answers or more in a row are lost, in calls that lost all.
+            SystemExit: where this call and those before it lost every answer, ALL_LOST or more.
                 Every group would look unsolved, and HPT would be SFT without a word.
         """
         questions = list(zip(responses, answers, strict=True))

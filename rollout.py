@@ -46,29 +46,15 @@ def check_vllm() -> None:
         )
 
 
-def build(
-    args,
-    *,
-    max_prompt_tokens: int,
-    end_token_ids: list[int],
-    config_overrides,
-    top_p: float = 1.0,
-    gpu_memory_utilization: float,
-    max_num_seqs: int = 256,
-):
-    """The sampler that the flags ask for. Parameters beside `args` are those of Sampler."""
+def build(args, **settings):
+    """The sampler that the flags ask for; settings are Sampler's parameters that no flag gives."""
     kind = {"vllm": Sampler, "transformers": TransformersSampler}[args.sampler]
     return kind(
         args.model,
-        max_prompt_tokens=max_prompt_tokens,
         max_response_tokens=args.max_response_tokens,
         temperature=args.temperature,
-        top_p=top_p,
-        config_overrides=config_overrides,
-        end_token_ids=end_token_ids,
         tensor_parallel=args.tensor_parallel,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_num_seqs=max_num_seqs,
+        **settings,
     )
 
 
@@ -236,7 +222,7 @@ def prepare_config(overrides, config):
 
 
 def set_vllm_environment() -> None:
-    """What must be set before vllm is imported. Values that the user has set are kept."""
+    """Set what vllm reads when it is imported; variables that the user has set are kept."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all ranks share core 0
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -249,7 +235,7 @@ def set_vllm_environment() -> None:
 
 
 class TransformersSampler:
-    """The same with the `generate` of transformers, which is slower and needs no vLLM."""
+    """Sampler's methods with transformers' `generate`: slower, without vLLM, and always awake."""
 
     tensor_parallel = 1
     at_a_time = 256  # responses: their keys and values must fit into memory
@@ -284,7 +270,7 @@ class TransformersSampler:
     def generate(
         self, prompts: list, seeds: list, n: int, with_logp: bool = True
     ) -> list[list[Rollout]]:
-        """As Sampler.generate."""
+        """As Sampler.generate; log-probabilities come in any case, whatever with_logp says."""
         groups, count = [], max(1, self.at_a_time // n)  # prompts at a time
         for start in distributed.progress(range(0, len(prompts), count), "sampling"):
             part = [ids for ids in prompts[start : start + count] for _ in range(n)]
@@ -340,7 +326,7 @@ class Choose:
         self.logp = []  # of the chosen tokens, (B,) each
 
     def __call__(self, ids, logits):
-        """(B, V) logits, infinitely small except for the chosen tokens."""
+        """(B, V) logits: 0 at the chosen tokens, -inf elsewhere."""
         for warp in self.warpers:
             logits = warp(ids, logits)
         logp = logits.float().log_softmax(-1)

@@ -185,16 +185,11 @@ def grade(verifier, problems: list, rollouts: list, method: Method, counts) -> t
     if reward_used:
         pairs += [(p["demonstration"], p["answer"]) for p in problems]
     timeouts_before = verifier.timeouts
-    scores = distributed.share_work(pairs, functools.partial(grade_share, verifier))
+    scores = distributed.share_work(pairs, functools.partial(evaluate.grade_share, verifier))
     counts.timeouts += verifier.timeouts - timeouts_before
     rewards = [scores[i * n : (i + 1) * n] for i in range(len(problems))]
     demo_rewards = scores[len(problems) * n :] if reward_used else [1.0] * len(problems)
     return rewards, demo_rewards
-
-
-def grade_share(verifier, pairs: list[tuple]) -> list[float]:
-    """This rank's share: the rewards of (response, answer) pairs."""
-    return verifier.score([response for response, _ in pairs], [answer for _, answer in pairs])
 
 
 def load_gate(args):
@@ -432,7 +427,7 @@ def start(args, method: Method, inputs: Inputs):
     """Build (device, sampler, policy, critic or None); the sampler sleeps.
 
     The order matters on a GPU: vLLM measures the free memory when it starts, so it comes before the
-    trainer takes any. (The verifier's processes are older than both, so they hold no CUDA context.)
+    trainer takes any.
     """
     memory = plan.memory_plan(args, inputs.config, has_critic(method))
     device = distributed.init_process_group()

@@ -324,7 +324,7 @@ def upge_loss(
     entropy: Tensor | None = None,
     eps: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, 1_stable): a sum whose gradient is the policy gradient of `row`, and its mask (M,).
+    """(loss, 1_stable): a sum whose gradient is minus the policy gradient of `row`, its mask (M,).
 
     Args:
         row: a row of TABLE, or one of your own.

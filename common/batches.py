@@ -41,7 +41,7 @@ class MicroBatch:
     seq: Tensor  # (M,) int64, the sequence of a token, 0 .. B-1
     advantage: Tensor  # (M,)
     weight: Tensor  # (M,)
-    # These are (M,), and None for demonstrations.
+    # These are (M,); they are None for demonstrations and fillers, and until they are set.
     sampler_logp: Tensor | None = None  # log-probabilities as the sampler reported them
     old_logp: Tensor | None = None  # log pi_old, as `set_old_policy` of train_hpt.py sets it
     value: Tensor | None = None  # PPO: the critic's, before the update

@@ -1,6 +1,7 @@
 """Checkpoints: all that a run needs in order to go on as if it had never stopped.
 
     runs/NAME/step_000100/            a plain Hugging Face directory, for vLLM and evaluate.py
+    runs/NAME/step_000100/critic/     the same of PPO's critic
     runs/NAME/step_000100/trainer/    weights and Adam's moments of the policy and of PPO's critic,
                                       each rank's shards, which any number of ranks can read
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException  # no Exception by its class
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from common import distributed, report
@@ -27,7 +28,7 @@ STEP = "trainer/step.txt"
 def save(out: Path, step: int, last_step: int, networks: list, tokenizer, end_token_ids) -> Path:
     """Write the checkpoint of a step, remove older ones, and return its directory.
 
-    Every rank calls this. The lines of the step are in the run's .jsonl files before.
+    Every rank calls this, after the lines of the step are in the run's .jsonl files.
 
     Args:
         networks: model.Network objects, the policy first.
@@ -65,9 +66,10 @@ def try_to_save(out: Path, network, tokenizer, end_token_ids) -> None:
         trial = out / "trial.partial"
         try:
             network.write(trial, tokenizer, end_token_ids, weights={})
-            shutil.rmtree(trial)
         except Exception as error:  # of the disk, of transformers, of a tokenizer
             raise SystemExit(f"error: a model could not be saved in {out}: {error}") from error
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
 
 
 def remove(directory: Path) -> None:

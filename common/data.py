@@ -35,7 +35,7 @@ THINK = "<think>"
 
 def read_rows(source: str) -> list[tuple[str, object]]:
     """The rows of a file or a hub data set, each with its place, as "problems.jsonl:12"."""
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.suffix not in SUFFIXES and not path.exists():
         name, config, split = [*source.split(":", 2), "", ""][:3]
         rows = load_hub(name, config or None, split or "train")
@@ -295,7 +295,9 @@ def ids_of(texts: list[str], tokenizer, **settings) -> list[list[int]]:
 
 
 def render(problem: dict, tokenizer, args) -> str | None:
-    """The prompt as text, up to where the response begins; None if the question is not in it.
+    """The prompt as text, up to where the response begins.
+
+    None if the template drops a problem's question, or is plain and there are several turns.
 
     args: template, "chat" for the tokenizer's own or "plain" for the paper's text PLAIN;
     system_prompt, "" for none or "data" for the problem's own; date, which some templates write.

@@ -28,7 +28,7 @@ COLUMNS = ("prompt", "answer", "demonstration", "system", "level")
 SOURCES = ".jsonl, .json, .parquet, or hub NAME:CONFIG:SPLIT"
 # A resumed run may have other values of these: they change how long it is, what is measured and
 # saved, and how the work is cut, which changes the gradient by rounding at most.
-MAY_CHANGE = {"date", "out", "resume", "steps", "save_every", "eval_every", "probe_gradients"}
+MAY_CHANGE = {"plan", "out", "resume", "steps", "save_every", "eval_every", "probe_gradients"}
 MAY_CHANGE |= {"tokens_per_microbatch", "gradient_checkpointing", "tensor_parallel"}
 MAY_CHANGE |= {"gpu_memory_utilization", "wandb", "tensorboard"}
 
@@ -109,7 +109,10 @@ In brackets stands a flag's default, which is the paper's where the paper gives 
 
 
 def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of train_hpt.py, checked. argv: the command line's, if it is not given."""
+    """The flags of train_hpt.py, checked; without --model, --data and @FILE those of the toy.
+
+    argv: words to read in place of the command line.
+    """
     words = sys.argv[1:] if argv is None else argv
     parser = training_parser()
     if not any(word.startswith(("--model", "--data", "@")) for word in words):
@@ -233,7 +236,7 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--resume needs --out: the directory of the run to go on with")
     if args.resume and config.exists():
         saved = json.loads(config.read_text())["flags"]
-        args.date = saved.get("date", args.date)
+        args.date = saved.get("date", args.date)  # the run keeps the date of its beginning
         now = json.loads(json.dumps(vars(args)))
         for name in saved.keys() & now.keys() - MAY_CHANGE:
             if saved[name] != now[name] and not is_moved(name, saved[name], now[name]):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from common import attention, distributed
+from common import attention, distributed, report
 
 MOST_SKIPPED = 20
 
@@ -52,17 +52,23 @@ def check_weight_files(folder: Path, where: str) -> None:
     if not files:
         raise SystemExit(f"{where}: no .safetensors file there, and pickled weights are not read")
     index = folder / "model.safetensors.index.json"
+    strays = files - {"model.safetensors"}
     if index.exists():
-        strays = {"model.safetensors"} & files - set(
-            json.loads(index.read_text())["weight_map"].values()
-        )
-    else:
-        strays = files - {"model.safetensors"}
+        named = set(read_json(index, where)["weight_map"].values())
+        strays = {"model.safetensors"} & files - named
     if strays:
         raise SystemExit(
             f"{where}: vLLM and transformers would read different weights: take away "
             f"{', '.join(sorted(strays))}, or else the other files of weights"
         )
+
+
+def read_json(path: Path, where: str) -> dict:
+    """The object in a .json file of a model; SystemExit: it is broken."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise SystemExit(f"{where}: {path.name} cannot be read: {error}") from error
 
 
 def end_token_ids(model: str, config, tokenizer) -> list[int]:
@@ -78,7 +84,7 @@ def end_token_ids(model: str, config, tokenizer) -> list[int]:
     # Not every model has this file, and transformers refuses to read some.
     file = cached_file(model, "generation_config.json", _raise_exceptions_for_missing_entries=False)
     if file:
-        named.append(json.loads(Path(file).read_text()).get("eos_token_id"))
+        named.append(read_json(Path(file), f"error: --model {model}").get("eos_token_id"))
     ids = [tokenizer.eos_token_id]
     for value in named:
         for token in value if isinstance(value, list | tuple) else [value]:
@@ -103,6 +109,8 @@ def override(config, rope_theta: float | None = None, max_position_embeddings: i
         config.max_position_embeddings = max_position_embeddings
     # vLLM also calls this on a bare PreTrainedConfig, which has no rope_parameters.
     if rope_theta is not None and hasattr(config, "rope_parameters"):
+        if "rope_theta" not in config.rope_parameters:  # Gemma 3 has one per kind of layer
+            raise SystemExit(f"error: --rope-theta: {config.model_type} has no single rope_theta")
         config.rope_parameters = config.rope_parameters | {"rope_theta": rope_theta}
     return config
 
@@ -181,7 +189,7 @@ class Network(torch.nn.Module):
         if self.skipped == 0:
             self.optimizer.step()
         elif distributed.rank() == 0:
-            print(f"the gradient norm of the {self.name} is {norm}: update skipped", flush=True)
+            report.say(f"the gradient norm of the {self.name} is {norm}: update skipped")
         if self.skipped > MOST_SKIPPED:
             raise SystemExit(
                 f"error: {self.skipped} updates in a row were skipped: go on from the last "

@@ -348,7 +348,7 @@ def log(out: Path, measured: dict, last_step: int) -> None:
 def log_samples(out: Path, step: int, prompts: list, count: int = 3) -> None:
     """Append the first rollout of the step's first prompts to samples.jsonl (rank 0).
 
-    prompts: list of train_hpt.Prompt. P is the share of right rollouts.
+    prompts: list of train_hpt.Prompt. P is the mean reward of all its rollouts.
     """
     if rank() != 0:
         return

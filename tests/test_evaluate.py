@@ -270,7 +270,7 @@ def test_the_last_evaluation_of_a_training_run_is_compared(tmp_path):
         ("longer/x", "x is not the same problems in both"),
         ("other/y", r"no benchmark is in both: \['x'\] and \['y'\]"),
         ("foreign/x", "x.jsonl:1 cannot be read: no prompt, level, samples, correct"),
-        ("none/../nothing", r"no benchmark is in both: \['x'\] and \[\]"),
+        ("none/../nothing", "holds no results, of evaluate.py or of a run"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, name, sentence):
