@@ -10,6 +10,7 @@ and the step. `save` writes into step_000100.partial/ and renames it when all of
 directory without ".partial" is whole.
 """
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -23,6 +24,19 @@ from common import distributed, report
 
 KEEP = 2  # step_* directories stay, the newest
 STEP = "trainer/step.txt"
+
+
+@contextlib.contextmanager
+def as_one_sentence(what: str):
+    """Turn what a `with` block raises into a SystemExit, whatever it is.
+
+    Errors of the disk, of torch and of transformers are of many kinds.
+    """
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        last_line = [type(error).__name__, *str(error).strip().splitlines()][-1]
+        raise SystemExit(f"error: {what}: {last_line}") from error
 
 
 def save(out: Path, step: int, last_step: int, networks: list, tokenizer, end_token_ids) -> Path:
@@ -41,10 +55,13 @@ def save(out: Path, step: int, last_step: int, networks: list, tokenizer, end_to
         (partial / "trainer").mkdir(parents=True)
         (partial / STEP).write_text(f"{step}\n")
     dist.barrier()
-    dcp.save(state_of(networks), checkpoint_id=partial / "trainer")
-    for network in networks:
-        folder = partial if network is networks[0] else partial / network.name
-        network.save(folder, tokenizer, end_token_ids)
+    with as_one_sentence(
+        f"the checkpoint of step {step} cannot be written, those before are whole"
+    ):
+        dcp.save(state_of(networks), checkpoint_id=partial / "trainer")
+        for network in networks:
+            folder = partial if network is networks[0] else partial / network.name
+            network.save(folder, tokenizer, end_token_ids)
     dist.barrier()
     if distributed.rank() == 0:
         remove(directory)
@@ -64,12 +81,9 @@ def try_to_save(out: Path, network, tokenizer, end_token_ids) -> None:
     """
     if distributed.rank() == 0:
         trial = out / "trial.partial"
-        try:
+        with as_one_sentence(f"a model could not be saved in {out}"):
             network.write(trial, tokenizer, end_token_ids, weights={})
-        except Exception as error:  # of the disk, of transformers, of a tokenizer
-            raise SystemExit(f"error: a model could not be saved in {out}: {error}") from error
-        finally:
-            shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def remove(directory: Path) -> None:
@@ -132,13 +146,10 @@ def checkpoints_of(out: Path) -> dict[int, Path]:
 def load(directory: Path, networks: list) -> None:
     """Load weights and moments in place; each rank reads what its shards need."""
     state = state_of(networks)
-    try:
+    with as_one_sentence(
+        f"{directory} cannot be read; remove it, and --resume takes the one before"
+    ):
         dcp.load(state, checkpoint_id=directory / "trainer")
-    except (Exception, CheckpointException) as error:  # a file is missing, or cut off
-        raise SystemExit(
-            f"error: the checkpoint {directory} cannot be read: {type(error).__name__}: "
-            f"{str(error)[:300]}: remove it, and --resume takes the one before"
-        ) from error
     for network in networks:
         parts = state[network.name]
         set_state_dict(

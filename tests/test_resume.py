@@ -387,7 +387,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named(run, straight, tmp_path):
     os.truncate(path, path.stat().st_size // 2)
     before = metrics(out)
     status, output = run(out)
-    sentence = f"error: the checkpoint {out}/step_000003 cannot be read: "
+    sentence = f"error: {out}/step_000003 cannot be read; remove it"
     assert status == 1 and output.count(sentence) == 1 and "Traceback" not in output
     assert metrics(out) == before  # nothing is cut
     shutil.rmtree(out / "step_000003")  # as the sentence says
