@@ -130,6 +130,8 @@ def resume(out: Path, networks: list, last_step: int) -> int:
     if distributed.rank() == 0:
         for leftover in out.glob("*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
+        if directory and step < last_step and directory.name == "final":
+            directory = directory.rename(out / f"step_{step:06d}")  # the run gets another final/
         report.cut_logs(out, step if directory else -1)
         where = f"going on after step {step}, from {directory}"
         report.say(where if directory else f"no checkpoint in {out}: the run begins at step 1")
