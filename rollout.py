@@ -93,6 +93,8 @@ class Sampler:
         max_num_seqs: int = 256,
     ):
         set_vllm_environment()
+        # vLLM for GPUs switches cuDNN's attention off for the whole process, the trainer's too.
+        has_cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
         from vllm import LLM
 
         self.max_response_tokens = max_response_tokens
@@ -131,6 +133,7 @@ class Sampler:
             generation_config="vllm",
             **device_settings,
         )
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn_attention)
         self.tokenizer = self.llm.get_tokenizer()
 
     def generate(

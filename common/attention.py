@@ -92,7 +92,7 @@ def use_packed(lm) -> bool:
     or if its positions are encoded by the longest sequence in sight (dynamic and long RoPE). Such a
     model keeps its own attention, and computes one sequence at a time.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
     kinds = set(getattr(lm.config, "layer_types", None) or ["full_attention"])
     has_sinks = any(name.endswith("sinks") for name, _ in lm.named_parameters())
@@ -104,8 +104,7 @@ def use_packed(lm) -> bool:
         and not rope_types(lm.config) & {"dynamic", "longrope"}
     )
     if can_pack:
-        AttentionInterface.register(NAME, packed_attention)
-        AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # no mask is made
+        AttentionInterface.register(NAME, packed_attention)  # under which no mask is made
         lm.set_attn_implementation(NAME)
     else:
         keep_softcap(lm)

@@ -337,6 +337,14 @@ def check_common(parser: Parser, args: argparse.Namespace) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks % args.tensor_parallel:
         parser.error(f"--tensor-parallel must divide the number of ranks, {ranks}")
+    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get(
+        "PYTORCH_ALLOC_CONF", ""
+    )
+    if args.tensor_parallel > 1 and "expandable_segments:True" in allocator:
+        parser.error(
+            "--tensor-parallel and PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True end in a crash "
+            "of vLLM's graph capture: unset the variable"
+        )
     if args.sampler == "transformers" and args.tensor_parallel > 1:
         parser.error("--tensor-parallel is for --sampler vllm")
 

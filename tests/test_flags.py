@@ -163,6 +163,17 @@ def test_a_wrong_flag_in_a_file_is_named(refuse, tmp_path):
 # ------------------------------------------------------------------------------------- the defaults
 
 
+def test_segments_that_expand_crash_engines_that_ranks_share(monkeypatch, capsys):
+    words = ["--model", "m", "--tensor-parallel", "2"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert flags.parse_training_args(words).tensor_parallel == 2
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert flags.parse_training_args(words[:2]).tensor_parallel == 1
+    with pytest.raises(SystemExit):
+        flags.parse_training_args(words)
+    assert "expandable_segments:True end in a crash" in capsys.readouterr().err
+
+
 def test_the_toy_is_its_flags_and_otherwise_the_defaults():
     wanted = vars(TRAINING.parse_args([f"@{ROOT}/toy/toy.args"]))
     assert vars(train()) == wanted

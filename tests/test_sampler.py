@@ -272,7 +272,13 @@ def settings(monkeypatch):
             reset_prefix_cache=lambda: given["calls"].append("reset"),
             apply_model=lambda function: [True],
         )
-        module = SimpleNamespace(LLM=lambda model, **more: given.update(more) or engine)
+
+        def new_engine(model, **more):
+            torch.backends.cuda.enable_cudnn_sdp(False)  # as vLLM for GPUs does
+            given.update(more)
+            return engine
+
+        module = SimpleNamespace(LLM=new_engine)
         monkeypatch.setitem(sys.modules, "vllm", module)
         monkeypatch.setattr(rollout, "set_vllm_environment", lambda: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -290,6 +296,13 @@ def test_an_engine_on_a_gpu_sleeps_and_wakes_in_two_halves(settings):
     assert given["calls"] == ["sleep 2", "weights", "reload_weights", "kv_cache", "reset"]
     assert given["dtype"] == "bfloat16" and given["max_model_len"] == 20_000 + MAXIMUM
     assert given["hf_overrides"](SimpleNamespace()).head_dtype == "float32"
+
+
+def test_an_engine_leaves_cudnns_attention_as_it_was(settings):
+    for wanted in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(wanted)
+        settings(gpu=True)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == wanted
 
 
 def test_an_engine_on_a_cpu_reads_a_long_prompt_whole(settings):
