@@ -226,6 +226,7 @@ def compare(path_a: str, path_b: str) -> None:
     print(f"- A: {path_a}\n- B: {path_b}\n")
     print("\n".join(report.markdown_table(rows)))
     print("\n±: one standard error; A - B is paired. Solved: over half of the samples are right.")
+    print("Compare what was sampled alike: settings are in table.md, or in config.json of a run.")
 
 
 def read_evaluation(path: str) -> dict[str, list[dict]]:
@@ -234,7 +235,9 @@ def read_evaluation(path: str) -> dict[str, list[dict]]:
     files = Path(path).glob("held_out.jsonl" if is_training else "*.jsonl")
     results = {file.stem: report.read_results(file) for file in sorted(files)}
     if not any(results.values()):
-        raise SystemExit(f"error: --compare: {path} holds no results, of evaluate.py or of a run")
+        raise SystemExit(
+            f"error: --compare: {path} holds no results (a run has some with --eval-data)"
+        )
     if is_training:
         rows = results["held_out"]
         results["held_out"] = [row for row in rows if row["step"] == rows[-1]["step"]]

@@ -206,8 +206,9 @@ def load_gate(args):
     module, _, name = args.gate.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SystemExit(f"error: --gate {args.gate} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever a module of the user's may raise
+        why = f"{type(error).__name__}: {error}"
+        raise SystemExit(f"error: --gate {args.gate} cannot be loaded: {why}") from error
 
 
 def apply_gate(gate, rewards: list, step: int, method: Method) -> tuple[list, list]:
@@ -219,11 +220,14 @@ def apply_gate(gate, rewards: list, step: int, method: Method) -> tuple[list, li
     if method.combine != "gate":
         has_rollouts, has_demonstration = method.rollouts is not None, bool(method.demonstration)
         return [float(has_rollouts)] * len(rewards), [float(has_demonstration)] * len(rewards)
-    alpha, beta = gate(torch.tensor(rewards, dtype=torch.double), step)
-    if alpha.shape != (len(rewards),) or beta.shape != (len(rewards),):
-        raise SystemExit(
-            f"error: --gate must give alpha and beta for each of {len(rewards)} prompts"
-        )
+    try:
+        found = gate(torch.tensor(rewards, dtype=torch.double), step)
+        alpha, beta = (torch.as_tensor(x, dtype=torch.double) for x in found)
+    except Exception as error:  # whatever a function of the user's may raise
+        raise SystemExit(f"error: --gate: {type(error).__name__}: {error}") from error
+    for x in (alpha, beta):
+        if x.shape != (len(rewards),) or not x.isfinite().all():
+            raise SystemExit("error: --gate must give alpha and beta, a number each per prompt")
     return alpha.tolist(), beta.tolist()
 
 

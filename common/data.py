@@ -49,7 +49,7 @@ def read_rows(source: str) -> list[tuple[str, object]]:
                 for number, line in enumerate(file, 1):
                     place = f"{source}:{number}"
                     if line.strip():
-                        rows.append((place, json.loads(line)))
+                        rows.append((place, json.loads(line.rstrip())))
         else:
             rows = [(f"{source}:{number}", row) for number, row in enumerate(read_whole(path), 1)]
     except Exception as error:  # of several kinds: not UTF-8, not JSON, not parquet

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -70,6 +71,13 @@ def columns(text: str) -> dict[str, str]:
             f"must be KEY=COLUMN,... with the keys {', '.join(COLUMNS)}, not {text}"
         )
     return dict(pairs)
+
+
+def function_name(text: str) -> str:
+    """An argparse type: MODULE:FUNCTION, a function of the user's."""
+    if not re.fullmatch(r"[\w.]+:\w+", text):
+        raise argparse.ArgumentTypeError(f"must be MODULE:FUNCTION, not {text}")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,7 +161,7 @@ def training_parser() -> Parser:
     about = "which rows of the table are trained (hpt)"
     add("--method", choices=METHODS, default="hpt", metavar="METHOD", help=about)
     about = "(rewards (N, n), step) -> (alpha, beta) in place of HPT's gate; see examples/gates.py"
-    add("--gate", metavar="MODULE:FUNCTION", help=about)
+    add("--gate", type=function_name, metavar="MODULE:FUNCTION", help=about)
     about = "HPT: SFT where P <= gamma (0); the paper, Llama: 0.25"
     add("--gamma", type=SHARE, default=0.0, metavar="X", help=about)
     # In the authors' code the weight of a demonstration depends on the micro-batches. It lies
@@ -386,4 +394,5 @@ def add_engine_flags(add, gpu_memory_utilization: float | None) -> None:
 def add_reward_flag(add) -> None:
     """Add the flag that names the verifier."""
     about = "grades (response, answer) from 0 to 1 (reward:grade)"
-    add("--reward", default="reward:grade", metavar="MODULE:FUNCTION", help=about)
+    kind, default = function_name, "reward:grade"
+    add("--reward", type=kind, default=default, metavar="MODULE:FUNCTION", help=about)

@@ -166,9 +166,11 @@ def read_jsonl(path: str | Path, keys: tuple[str, ...] = ()) -> list[dict]:
     Raises:
         SystemExit: the file cannot be read, or a row lacks one of `keys`; the line is named.
     """
+    if not Path(path).is_file():
+        raise SystemExit(f"error: {path}: no such file")
     rows = []
     try:
-        *lines, _ = Path(path).read_text().split("\n")
+        *lines, _ = Path(path).read_text(encoding="utf-8").split("\n")
         for line in lines:
             row = dict(json.loads(line))
             if not row.keys() >= set(keys):

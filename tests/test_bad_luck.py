@@ -9,12 +9,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, GenerationConfig
 
+import train_hpt
 from common import checkpoint, data, distributed, flags, model, report
 from reward import Verifier
 from toy import make
+from upge import METHODS
 
 ROOT = report.REPOSITORY
 GOOD = {"prompt": "1+2", "answer": "3", "demonstration": "<think>A</think>\\boxed{3}"}
@@ -269,6 +272,14 @@ def test_a_console_that_is_not_utf8_gets_escapes():
 # -------------------------------------------------------------------------------------------- flags
 
 
+@pytest.mark.parametrize("flag", ["--gate", "--reward"])
+@pytest.mark.parametrize("value", ["mine", "mine:", ":f", "mine.py:f(x)"])
+def test_a_function_of_ones_own_is_module_and_function(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        flags.parse_training_args(["--model", "m", flag, value])
+    assert f"{flag}: must be MODULE:FUNCTION, not {value}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["0.005", "2.5", "0"])
 def test_a_temperature_that_vllm_and_the_trainer_would_take_for_two_is_refused(value, capsys):
     with pytest.raises(SystemExit):
@@ -286,3 +297,37 @@ def test_a_tilde_is_the_home(monkeypatch):
 def test_one_problem_has_no_error():
     assert report.mean_and_error([1.0]).percent() == "100.0"
     assert report.mean_and_error([1.0, 0.0]).percent() == "50.0 ± 50.0"
+
+
+# ------------------------------------------------------------------------------------------- gates
+
+
+def raises(rewards, step):
+    raise KeyError("mine")
+
+
+BAD_GATES = [lambda R, step: None, lambda R, step: torch.ones(3), lambda R, step: (1, 0), raises]
+BAD_GATES += [lambda R, step: ([1, 0], [1, 0, 1]), lambda R, step: (R.mean(-1) / 0, R.mean(-1))]
+
+
+@pytest.mark.parametrize("gate", BAD_GATES)
+def test_a_gate_that_gives_no_numbers_ends_in_a_sentence(gate):
+    with pytest.raises(SystemExit, match="error: --gate"):
+        train_hpt.apply_gate(gate, [[1.0, 0.0], [0.0, 0.0]], 1, METHODS["hpt"])
+
+
+@pytest.mark.parametrize(
+    "gate", [lambda R, step: ([1, 0], [0, 1]), lambda R, step: (R.mean(-1).numpy(), 1 - R[:, 0])]
+)
+def test_a_gate_may_give_lists_arrays_and_tensors(gate):
+    alpha, beta = train_hpt.apply_gate(gate, [[1.0, 1.0], [0.0, 0.0]], 1, METHODS["hpt"])
+    assert (alpha, beta) == ([1.0, 0.0], [0.0, 1.0])
+
+
+def test_a_gate_that_cannot_be_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "broken_gate.py").write_text("def f(:\n")
+    for name, sentence in (("broken_gate:f", "SyntaxError"), ("no_such:f", "ModuleNotFoundError")):
+        with pytest.raises(SystemExit, match=f"--gate {name} cannot be loaded: {sentence}"):
+            train_hpt.load_gate(SimpleNamespace(gate=name))

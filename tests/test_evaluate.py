@@ -270,7 +270,7 @@ def test_the_last_evaluation_of_a_training_run_is_compared(tmp_path):
         ("longer/x", "x is not the same problems in both"),
         ("other/y", r"no benchmark is in both: \['x'\] and \['y'\]"),
         ("foreign/x", "x.jsonl:1 cannot be read: no prompt, level, samples, correct"),
-        ("none/../nothing", "holds no results, of evaluate.py or of a run"),
+        ("none/../nothing", "holds no results \\(a run has some with --eval-data\\)"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, name, sentence):

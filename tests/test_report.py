@@ -107,12 +107,13 @@ def test_the_error_of_a_difference_is_paired():
 
 @pytest.mark.parametrize(
     "text, line",
-    [("", 1), ('{"step": 1}\n{"step":\n', 2), ('{"step": 1}\n[1]\n', 2), ('{"x": 1}\n', 1)],
+    [('{"step": 1}\n{"step":\n', 2), ('{"step": 1}\n[1]\n', 2), ('{"x": 1}\n', 1)],
 )
 def test_a_file_or_a_row_that_cannot_be_read_is_named(tmp_path, text, line):
     path = tmp_path / "metrics.jsonl"
-    if text:
-        path.write_text(text)
+    with pytest.raises(SystemExit, match="error: .*metrics.jsonl: no such file"):
+        report.read_metrics(tmp_path)
+    path.write_text(text)
     with pytest.raises(SystemExit, match=rf"error: .*metrics.jsonl:{line} cannot be read: "):
         report.read_metrics(tmp_path)
     path.write_text('{"step": 1}\n{"st')  # a program was killed while it wrote a line
