@@ -226,7 +226,7 @@ def test_a_gate_must_decide_for_every_prompt():
     def one_for_all(rewards, step):
         return torch.tensor(0.5), torch.tensor(0.5)
 
-    with pytest.raises(SystemExit, match="for each of 2 prompts"):
+    with pytest.raises(SystemExit, match="a number each per prompt"):
         apply_gate(one_for_all, [[1.0], [0.0]], 1, METHODS["hpt"])
 
 
