@@ -27,6 +27,7 @@ import select
 import signal
 import subprocess
 import sys
+import tokenize
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -529,7 +530,8 @@ class Verifier:
         file = Path(function.partition(":")[0].replace(".", "/") + ".py").absolute()
         self.file = ["", ""]  # the path and the text of the user's file
         if function != GRADE and file.is_file():
-            self.file = [str(file), file.read_text(encoding="utf-8")]
+            with tokenize.open(file) as source:  # in the encoding that the file declares
+                self.file = [str(file), source.read()]
         self.idle = queue.SimpleQueue()
         # They live as long as the pool: the kernel ends a worker with the thread that started it.
         self.threads = ThreadPoolExecutor(workers)
@@ -654,7 +656,9 @@ def _worker(name, memory, parent):
         if path:  # under a name of its own, since a file may be called calendar.py
             own = types.ModuleType(f"reward_of_the_user_{module}")
             own.__file__, sys.modules[own.__name__] = path, own
+            sys.path.insert(0, os.getcwd())  # what it imports may lie beside it
             exec(compile(text, path, "exec"), vars(own))
+            sys.path.pop(0)
         score = getattr(own if path else importlib.import_module(module), function)
         if name == GRADE and score(r"\boxed{\sin^2 x+\cos^2 x}", "1") != 1.0:
             raise ImportError("sin^2 x + cos^2 x is not 1 by math-verify; install it again")

@@ -11,10 +11,12 @@ directory without ".partial" is whole.
 """
 
 import contextlib
+import os
 import re
 import shutil
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
@@ -50,25 +52,27 @@ def save(out: Path, step: int, last_step: int, networks: list, tokenizer, end_to
     """
     directory = out / ("final" if step == last_step else f"step_{step:06d}")
     partial = directory.with_name(directory.name + ".partial")
-    if distributed.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "trainer").mkdir(parents=True)
-        (partial / STEP).write_text(f"{step}\n")
-    dist.barrier()
     with as_one_sentence(
         f"the checkpoint of step {step} cannot be written, those before are whole"
     ):
-        dcp.save(state_of(networks), checkpoint_id=partial / "trainer")
-        for network in networks:
+        if distributed.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "trainer").mkdir(parents=True)
+            (partial / STEP).write_text(f"{step}\n")
+        dist.barrier()
+        for network in networks:  # the models come first: they are worth more than the moments
             folder = partial if network is networks[0] else partial / network.name
             network.save(folder, tokenizer, end_token_ids)
-    dist.barrier()
-    if distributed.rank() == 0:
-        remove(directory)
-        partial.rename(directory)
-        steps = [path for _, path in sorted(checkpoints_of(out).items()) if path.name != "final"]
-        for old in steps[:-KEEP]:
-            remove(old)
+        dcp.save(state_of(networks), checkpoint_id=partial / "trainer")
+        dist.barrier()
+        if distributed.rank() == 0:
+            remove(directory)
+            partial.rename(directory)
+            steps = [
+                path for _, path in sorted(checkpoints_of(out).items()) if path.name != "final"
+            ]
+            for old in steps[:-KEEP]:
+                remove(old)
     dist.barrier()
     return directory
 
@@ -80,15 +84,19 @@ def try_to_save(out: Path, network, tokenizer, end_token_ids) -> None:
         SystemExit: something cannot be written, which would lose the trained model.
     """
     if distributed.rank() == 0:
-        trial = out / "trial.partial"
+        trial, renamed = out / "trial.partial", out / "trial.old.partial"
         with as_one_sentence(f"a model could not be saved in {out}"):
+            trial.mkdir()
             network.write(trial, tokenizer, end_token_ids, weights={})
-        shutil.rmtree(trial, ignore_errors=True)
+            nothing = {"nothing": torch.zeros(1)}
+            dcp.save(nothing, checkpoint_id=trial / "trainer", no_dist=True)
+            trial.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 def remove(directory: Path) -> None:
     """Remove a directory, if it is there. It loses its name first, so that it never looks whole."""
-    if not directory.exists():
+    if not os.path.lexists(directory):  # unlike exists(), true for a link to nothing
         return
     doomed = directory.with_name(directory.name + ".old.partial")
     try:
@@ -128,8 +136,9 @@ def resume(out: Path, networks: list, last_step: int) -> int:
         load(directory, networks)
     dist.barrier()  # all ranks have read it
     if distributed.rank() == 0:
-        for leftover in out.glob("*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for path in out.iterdir():
+            if re.fullmatch(r"(final|step_\d+|trial)(\.old)?\.partial", path.name):
+                shutil.rmtree(path, ignore_errors=True)
         if directory and step < last_step and directory.name == "final":
             directory = directory.rename(out / f"step_{step:06d}")  # the run gets another final/
         report.cut_logs(out, step if directory else -1)
@@ -141,8 +150,13 @@ def resume(out: Path, networks: list, last_step: int) -> int:
 
 def checkpoints_of(out: Path) -> dict[int, Path]:
     """{step: directory} of the checkpoints of a run; what else lies there is not looked at."""
-    names = [path for path in out.iterdir() if re.fullmatch(r"final|step_\d+", path.name)]
-    return {int((path / STEP).read_text()): path for path in names if (path / STEP).is_file()}
+    found = {}
+    for path in out.iterdir():
+        if re.fullmatch(r"final|step_\d+", path.name) and (path / STEP).is_file():
+            step = (path / STEP).read_text().strip()
+            if step.isdecimal():
+                found[int(step)] = path
+    return found
 
 
 def load(directory: Path, networks: list) -> None:

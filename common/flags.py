@@ -253,9 +253,11 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def is_moved(name: str, before, now) -> bool:
-    """Whether a flag names the same file or model at another place."""
-    are_paths = name in ("model", "data", "eval_data") and bool(before) and bool(now)
-    return are_paths and Path(before).name == Path(now).name
+    """Whether a flag names the same file or model at another place: it is there, and not here."""
+    if name not in ("model", "data", "eval_data") or not before or not now:
+        return False
+    is_there = Path(now).exists() and not Path(before).exists()
+    return is_there and Path(before).name == Path(now).resolve().name
 
 
 # -------------------------------------------------------------------------------------- evaluate.py

@@ -54,7 +54,7 @@ def check_weight_files(folder: Path, where: str) -> None:
     index = folder / "model.safetensors.index.json"
     strays = files - {"model.safetensors"}
     if index.exists():
-        named = set(read_json(index, where)["weight_map"].values())
+        named = set(dict(read_json(index, where).get("weight_map") or {}).values())
         strays = {"model.safetensors"} & files - named
     if strays:
         raise SystemExit(

@@ -122,7 +122,7 @@ def say(text: str) -> None:
     """Print a line. If the console is gone, as behind `| head`, the run goes on without it."""
     try:
         print(text, flush=True)
-    except OSError:
+    except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -250,7 +250,9 @@ def cut_logs(out: Path, last_step: int) -> None:
     """
     for path in [out / name for name in LOGS if (out / name).exists()]:
         if last_step < 0:
-            path.replace(path.with_name(path.name + ".old"))
+            with open(path.with_name(path.name + ".old"), "a", encoding="utf-8") as old:
+                old.write(path.read_text(encoding="utf-8"))
+            path.unlink()
         else:
             kept = [row for row in read_jsonl(path, ("step",)) if row["step"] <= last_step]
             replace_file(path, lines_of(kept))

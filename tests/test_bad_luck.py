@@ -135,6 +135,26 @@ def test_only_our_checkpoints_are_counted_and_removed(tmp_path):
     assert {path.name for path in found.values()} <= {"step_000007", "step_000005"}
 
 
+@pytest.mark.parametrize("text", ["", "abc", "-1"])
+def test_a_checkpoint_whose_step_is_unreadable_is_none(tmp_path, text):
+    (made_checkpoint(tmp_path / "step_000007") / checkpoint.STEP).write_text(text)
+    assert checkpoint.checkpoints_of(tmp_path) == {}
+
+
+def test_a_link_to_nothing_is_removed(tmp_path):
+    (tmp_path / "final").symlink_to(tmp_path / "nowhere")
+    checkpoint.remove(tmp_path / "final")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_without_a_checkpoint_are_kept_however_often_a_run_begins(tmp_path):
+    for value in ("a", "b"):
+        report.append_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "x": value}])
+        report.cut_logs(tmp_path, -1)
+    kept = report.read_jsonl(tmp_path / "metrics.jsonl.old")
+    assert [row["x"] for row in kept] == ["a", "b"]
+
+
 def test_a_link_is_removed_and_what_it_leads_to_is_not(tmp_path):
     target = made_checkpoint(tmp_path / "elsewhere")
     (tmp_path / "step_000001").symlink_to(target)
@@ -155,11 +175,19 @@ def test_a_run_whose_files_were_moved_goes_on_and_another_one_does_not(tmp_path,
     words = ["--model", "a/base", "--data", "a/sums.jsonl", "--out", str(tmp_path), "--resume"]
     before = vars(flags.parse_training_args(words)) | {"date": "2020-02-29"}
     (tmp_path / "config.json").write_text(json.dumps({"flags": before}))
-    moved = ["--model", "b/base", "--data", "b/sums.jsonl", *words[4:]]
+    (tmp_path / "b/base").mkdir(parents=True)
+    (tmp_path / "b/sums.jsonl").touch()
+    base, sums = str(tmp_path / "b/base"), str(tmp_path / "b/sums.jsonl")
+    moved = ["--model", base, "--data", sums, *words[4:]]
     assert flags.parse_training_args(moved).date == "2020-02-29"  # as when it began
+    with pytest.raises(SystemExit):  # one of the same name that is not there, or another one
+        flags.parse_training_args(["--model", "b/base", *moved[2:]])
     with pytest.raises(SystemExit):
         flags.parse_training_args(["--model", "b/other", "--data", "b/sums.jsonl", *words[4:]])
     assert "has --model a/base" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"flags": before | {"model": str(make.BASE)}}))
+    with pytest.raises(SystemExit):  # the old one is still there, so this is another
+        flags.parse_training_args(moved)
 
 
 # ----------------------------------------------------------------------------------- chat templates

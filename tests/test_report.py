@@ -111,7 +111,7 @@ def test_the_error_of_a_difference_is_paired():
 )
 def test_a_file_or_a_row_that_cannot_be_read_is_named(tmp_path, text, line):
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(SystemExit, match="error: .*metrics.jsonl: no such file"):
+    with pytest.raises(SystemExit, match=r"error: .*metrics.jsonl: no such file"):
         report.read_metrics(tmp_path)
     path.write_text(text)
     with pytest.raises(SystemExit, match=rf"error: .*metrics.jsonl:{line} cannot be read: "):
