@@ -85,6 +85,8 @@ def try_to_save(out: Path, network, tokenizer, end_token_ids) -> None:
     """
     if distributed.rank() == 0:
         trial, renamed = out / "trial.partial", out / "trial.old.partial"
+        for leftover in (trial, renamed):  # of a run that was killed here
+            shutil.rmtree(leftover, ignore_errors=True)
         with as_one_sentence(f"a model could not be saved in {out}"):
             trial.mkdir()
             network.write(trial, tokenizer, end_token_ids, weights={})
