@@ -529,7 +529,9 @@ class Verifier:
         self.timeouts = self.lost_in_a_row = 0
         file = Path(function.partition(":")[0].replace(".", "/") + ".py").absolute()
         self.file = ["", ""]  # the path and the text of the user's file
-        if function != GRADE and file.is_file():
+        if function == GRADE and file.is_file() and not file.samefile(__file__):
+            print(f"the verifier is the built-in {GRADE}, not {file}", file=sys.stderr)
+        elif function != GRADE and file.is_file():
             with tokenize.open(file) as source:  # in the encoding that the file declares
                 self.file = [str(file), source.read()]
         self.idle = queue.SimpleQueue()

@@ -267,7 +267,9 @@ def tokenize(
     responses = ids_of(worked, tokenizer, add_special_tokens=False, split_special_tokens=can_split)
     fitting, long_prompts, long_demonstrations = [], 0, 0
     for problem, ids, demo_ids in zip(usable, prompts, responses, strict=True):
-        problem = problem | {"prompt_ids": ids[:-1] if is_plain and ids[-1] == end else ids}
+        while is_plain and ids[-1] in tokenizer.all_special_ids:
+            ids = ids[:-1]
+        problem = problem | {"prompt_ids": ids}
         if "demonstration" in problem:
             problem["demo_ids"] = [*demo_ids, end]
         if len(problem["prompt_ids"]) > limits[0]:
@@ -336,7 +338,7 @@ def without_end(text: str, ends: tuple[str, ...]) -> str:
 
 def without_open_tag(text: str, prompt: str) -> str:
     """A demonstration without the <think> that its prompt has written already, if it has."""
-    if prompt.rstrip().endswith("</think>") and text.lstrip().startswith(THINK):
+    if re.search(r"</think>(\s|<[^<>]*>)*\Z", prompt) and text.lstrip().startswith(THINK):
         raise SystemExit("error: the chat template has closed what a demonstration opens, <think>")
     if not prompt.rstrip().endswith(THINK) or not text.lstrip().startswith(THINK):
         return text

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from common import attention, distributed, report
 
 MOST_SKIPPED = 20
+GENERATION = "generation_config.json"
 
 
 # --------------------------------------------------------------------------------- a model's files
@@ -364,8 +365,7 @@ class Critic(Network):
         return torch.nn.functional.linear(hidden.to(wide), weight, bias).squeeze(-1)
 
 
-# How weights are read: from .safetensors alone, since a pickled file can run code when it is read,
-# and without code that comes with the model.
+# Weights are read from .safetensors alone, without pickles and code that come with a model.
 SAFELY = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
 
 
@@ -374,9 +374,12 @@ def build_policy(args, config, device) -> Policy:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     # The base's own generation_config.json is not read: transformers refuses some of its values.
-    lm = AutoModelForCausalLM.from_pretrained(
-        args.model, config=config, generation_config=GenerationConfig(), **SAFELY
-    )
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            args.model, config=config, generation_config=GenerationConfig(), **SAFELY
+        )
+    except Exception as error:  # every value and file may be wrong
+        raise SystemExit(f"error: --model {args.model} cannot be built: {error}") from error
     return shard(Policy(lm, args.temperature), args, device)
 
 
