@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from common import attention, distributed, report
 
 MOST_SKIPPED = 20
-GENERATION = "generation_config.json"
 
 
 # --------------------------------------------------------------------------------- a model's files
@@ -118,9 +117,10 @@ def override(config, rope_theta: float | None = None, max_position_embeddings: i
 
 def overrides_of(args):
     """`override` with the flags' values, a function config -> config, for the sampler."""
-    values = {"rope_theta": args.rope_theta}
-    values |= {"max_position_embeddings": args.max_position_embeddings}
-    return functools.partial(override, **values)
+    positions = args.max_position_embeddings
+    return functools.partial(
+        override, rope_theta=args.rope_theta, max_position_embeddings=positions
+    )
 
 
 def check_context(config, prompt_tokens: int, max_response_tokens: int) -> None:
