@@ -141,7 +141,6 @@ def check_context(config, prompt_tokens: int, max_response_tokens: int) -> None:
 class Network(torch.nn.Module):
     """A Hugging Face model `lm`, and what the policy and the critic have in common."""
 
-    name = "network"
     optimizer: torch.optim.Optimizer  # set by `shard`
     skipped = 0  # optimizer steps in a row, until now
 
@@ -387,8 +386,7 @@ def build_critic(args, config, device) -> Critic:
     """The critic: the base model with a value head that is 0 everywhere."""
     from transformers import AutoModelForTokenClassification
 
-    one_value = {"num_labels": 1, "classifier_dropout": 0.0}
-    config = type(config).from_dict(config.to_dict() | one_value)
+    config = type(config).from_dict(config.to_dict() | {"num_labels": 1, "classifier_dropout": 0.0})
     lm = AutoModelForTokenClassification.from_pretrained(args.model, config=config, **SAFELY)
     torch.nn.init.zeros_(lm.score.weight)
     torch.nn.init.zeros_(lm.score.bias)
