@@ -141,6 +141,7 @@ def check_context(config, prompt_tokens: int, max_response_tokens: int) -> None:
 class Network(torch.nn.Module):
     """A Hugging Face model `lm`, and what the policy and the critic have in common."""
 
+    name = "network"
     optimizer: torch.optim.Optimizer  # set by `shard`
     skipped = 0  # optimizer steps in a row, until now
 
@@ -206,8 +207,7 @@ class Network(torch.nn.Module):
         """
         for name, parameter in self.lm.named_parameters(remove_duplicate=False):
             dtype = torch.bfloat16 if parameter.is_cuda else torch.float32
-            # Cast before gathering, which then moves half the bytes.
-            yield name, parameter.detach().to(dtype).full_tensor()
+            yield name, parameter.detach().to(dtype).full_tensor()  # cast first: it moves half
 
     def save(self, directory: Path, tokenizer, end_token_ids: list[int]) -> None:
         """Write a plain Hugging Face directory, with the weights as the sampler has them.
