@@ -45,6 +45,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
         rule += f" and at most {high:g}"
 
     def parse(text: str):
+        """The number in a text. ArgumentTypeError: it is none, or outside of the range."""
         try:
             value = kind(text)
         except ValueError:

@@ -244,6 +244,7 @@ def step_line(metrics: dict, last_step: int) -> str:
     """Return the line of a step; "-" stands for a metric that the step does not have."""
 
     def cell(name, form):
+        """The metric of that name as text; form is one of format()."""
         value = metrics.get(name)
         return "-" if value is None else format(value, form)
 

@@ -207,7 +207,7 @@ class Network(torch.nn.Module):
         """
         for name, parameter in self.lm.named_parameters(remove_duplicate=False):
             dtype = torch.bfloat16 if parameter.is_cuda else torch.float32
-            yield name, parameter.detach().to(dtype).full_tensor()  # cast first: it moves half
+            yield name, parameter.detach().to(dtype).full_tensor()  # half the bytes to gather
 
     def save(self, directory: Path, tokenizer, end_token_ids: list[int]) -> None:
         """Write a plain Hugging Face directory, with the weights as the sampler has them.

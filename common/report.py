@@ -275,6 +275,7 @@ def begin_copies(out: Path, args) -> None:
         writer = SummaryWriter(str(out / "tensorboard"))
 
         def to_tensorboard(row):
+            """Write the metrics of a step."""
             for name, value in row.items():
                 writer.add_scalar(name, value, row["step"])
             writer.flush()
