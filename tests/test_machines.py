@@ -18,13 +18,17 @@ sys.path[:0] = [{repository!r}, {tests!r}]
 import watched
 from common import distributed
 
+def say(*words):
+    # One write per line: the ranks share a pipe, and an unbuffered print writes word by word.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
 def work(items):
     if distributed.rank() == 1 and sys.argv[1] == "raises":
         raise ValueError("planted")
     if distributed.rank() == 1 and sys.argv[1] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[1] == "waits":
-        print("pid", os.getpid(), flush=True)
+        say("pid", os.getpid())
         time.sleep(1000)
     return items
 
@@ -32,7 +36,7 @@ with distributed.one_sentence():
     if sys.argv[1] == "the same sentence":
         raise SystemExit("error: planted")
     distributed.init_process_group()
-    print("together", distributed.share_work([1, 2], work), *watched.listening(), flush=True)
+    say("together", distributed.share_work([1, 2], work), *watched.listening())
 """
 
 
