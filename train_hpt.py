@@ -31,6 +31,7 @@ import common  # noqa: F401 (it quiets other libraries, so it comes before them)
 # isort: split
 import functools
 import importlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -336,18 +337,33 @@ def update(policy, critic, micro_batches, updates_before: int, args, counts) -> 
     """One optimizer step of the policy, and of PPO's critic, on one mini-batch.
 
     If all advantages of the mini-batch are 0, so is the gradient, and AdamW still moves the weights
-    by its momentum and its weight decay. The learning rate rises linearly over the warm-up, then it
-    is constant.
+    by its momentum and its weight decay.
     """
-    warmed_up = min(1.0, (updates_before + 1) / max(1, args.warmup_steps))
-    counts.lr = args.lr * warmed_up
+    factor = lr_factor(updates_before, args)
+    counts.lr = args.lr * factor
     accumulate_gradient(policy, micro_batches, args, counts)
     counts.grad_norms.append(policy.step(counts.lr, args.max_grad_norm))
     if critic:
         rollout_batches = [m for m in micro_batches if m.is_rollouts]
         accumulate_value_gradient(critic, rollout_batches, counts)
-        norm = critic.step(args.critic_lr * warmed_up, args.max_grad_norm)
+        norm = critic.step(args.critic_lr * factor, args.max_grad_norm)
         counts.critic_norms.append(norm)
+
+
+def lr_factor(updates_before: int, args) -> float:
+    """What the learning rate is multiplied by in an update, of which there were so many before.
+
+    It rises linearly over the warm-up to 1. Then it stays there, or with --lr-schedule cosine it
+    falls along half a cosine to 0.1, which it has in the last update.
+    """
+    warmup = max(1, args.warmup_steps)
+    update = updates_before + 1  # updates count from 1
+    if update <= warmup:
+        return update / warmup
+    if args.lr_schedule == "constant":
+        return 1.0
+    progress = (update - warmup) / (args.steps * args.minibatches_per_step - warmup)  # up to 1
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
 
 
 def accumulate_gradient(policy, micro_batches: list[MicroBatch], args, counts) -> None:

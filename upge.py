@@ -257,6 +257,7 @@ METHODS = {
     "chord":   Method("grpo",    {"chord_demo": "1"},                  "gate"),  # by a schedule
     "luffy":   Method("luffy",   {"luffy_demo": "1"},                  "group"),
     "srft":    Method("srft",    {"srft_sft": "1", "luffy_demo": "1"}, "group"),
+    **{f"hpt_{name}": Method("dr_grpo", {name: "c_sft"}, "gate") for name in ("dft", "trsft")},
     **{name: Method(None, {name: "1"}) for name in ("sft", "dft", "trsft")},
     **{name: Method(name, {}) for name in ("reinforce", "rloo", "maxrl", "ppo", "grpo", "dr_grpo")},
     **{name: Method(name, {}) for name in ("dapo", "cispo", "gspo")},

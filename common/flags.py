@@ -213,6 +213,8 @@ def add_optimisation_flags(add) -> None:
     add("--lr", type=POSITIVE, default=5e-6, metavar="X", help="learning rate of AdamW (5e-6)")
     about = "optimizer steps of linear warm-up (0)"
     add("--warmup-steps", type=COUNT_OR_0, default=0, metavar="N", help=about)
+    about = "after the warm-up; cosine falls to a tenth of --lr in the last update (constant)"
+    add("--lr-schedule", choices=["constant", "cosine"], default="constant", help=about)
     add("--weight-decay", type=POSITIVE_OR_0, default=0.01, metavar="X", help="of AdamW (0.01)")
     about = "clip gradients to this norm; inf: no clip (1)"
     add("--max-grad-norm", type=POSITIVE, default=1.0, metavar="X", help=about)
@@ -234,7 +236,7 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
     if args.method == "chord" and not args.gate:
         parser.error("--method chord needs a schedule: --gate examples.gates:chord")
     if args.gate and method.combine != "gate":
-        parser.error(f"--gate is for hpt, hpt_mix, hpt_off and chord, not for {args.method}")
+        parser.error(f"--gate is for hpt, hpt_... and chord, not for {args.method}")
     if args.minibatches_per_step > args.prompts_per_step:
         parser.error("--minibatches-per-step must not be above --prompts-per-step")
     for package in ("wandb", "tensorboard"):
@@ -247,7 +249,8 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         saved = json.loads(config.read_text())["flags"]
         args.date = saved.get("date", args.date)  # the run keeps the date of its beginning
         now = json.loads(json.dumps(vars(args)))
-        for name in saved.keys() & now.keys() - MAY_CHANGE:
+        may_change = MAY_CHANGE - ({"steps"} if args.lr_schedule == "cosine" else set())
+        for name in saved.keys() & now.keys() - may_change:
             if saved[name] != now[name] and not is_moved(name, saved[name], now[name]):
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"--resume: the run in {args.out} has {flag} {saved[name]}")

@@ -80,7 +80,7 @@ def test_every_number_refuses_what_is_none(parser):
         (["--method", "grpo", "--samples-per-prompt", "1"], "must be at least 2"),
         (["--method", "luffy", "--samples-per-prompt", "1"], "must be at least 2"),
         (["--method", "chord"], "--method chord needs a schedule: --gate examples.gates:chord"),
-        (["--method", "grpo", "--gate", "m:f"], "--gate is for hpt, hpt_mix, hpt_off and chord"),
+        (["--method", "grpo", "--gate", "m:f"], "--gate is for hpt, hpt_... and chord"),
         (["--minibatches-per-step", "33"], "must not be above --prompts-per-step"),
         (["--resume"], "--resume needs --out"),
         (["--tensor-parallel", "2"], "--tensor-parallel must divide the number of ranks, 1"),

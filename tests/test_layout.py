@@ -22,7 +22,7 @@ FLOORS = {  # a module imports only from floors below its own; common/ has an or
     "tools": 5,
     "examples": 5,
 }
-LONGEST_MODULE, LONGEST_FUNCTION, MOST_FLAGS = 420, 80, 51
+LONGEST_MODULE, LONGEST_FUNCTION, MOST_FLAGS = 420, 80, 54
 KINDS = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -6,6 +6,7 @@ wrong in it is a `fault`: a function below, which the process calls before `main
 
 import functools
 import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -424,6 +425,18 @@ def test_a_flag_that_would_change_the_run_is_named(straight, base, capsys, chang
 def test_a_flag_that_does_not_change_the_run_may_differ(straight, base):
     more = "--steps 9 --save-every 3 --eval-every 1 --tokens-per-microbatch 50"
     assert parse(base, straight, *more.split()).steps == 9
+
+
+def test_a_cosine_ends_where_it_was_said_to_end(straight, base, tmp_path, capsys):
+    config = json.loads((straight / "config.json").read_text())
+    config["flags"]["lr_schedule"] = "cosine"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["--lr-schedule", "cosine"]
+    steps = config["flags"]["steps"]
+    assert parse(base, tmp_path, *words).steps == steps
+    with pytest.raises(SystemExit):
+        parse(base, tmp_path, *words, "--steps", str(steps + 1))
+    assert f"has --steps {steps}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ the real program

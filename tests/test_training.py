@@ -366,6 +366,7 @@ def test_policy_and_critic_step_together_each_at_its_own_rate():
     """The warm-up is linear, and its first update has a rate already."""
     policy, critic, counts = RecordingNetwork(), RecordingNetwork(), Counts()
     args = SimpleNamespace(lr=1.0, critic_lr=10.0, warmup_steps=4, max_grad_norm=0.5, clip_eps=None)
+    args.lr_schedule = "constant"
     for updates_before in (0, 1, 3, 9):
         train_hpt.update(policy, critic, [], updates_before, args, counts)
     assert policy.steps == [(0.25, 0.5), (0.5, 0.5), (1.0, 0.5), (1.0, 0.5)]
@@ -374,6 +375,30 @@ def test_policy_and_critic_step_together_each_at_its_own_rate():
     args.warmup_steps = 0
     train_hpt.update(policy, None, [], 0, args, counts)
     assert policy.steps[-1] == (1.0, 0.5) and counts.lr == 1.0
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4, 20, 30])
+def test_the_cosine_is_that_of_torch(warmup):
+    """It falls to a tenth in the last of 20 updates. Without a warm-up it begins with --lr."""
+    args = SimpleNamespace(warmup_steps=warmup, lr_schedule="cosine")
+    args.steps, args.minibatches_per_step = 10, 2
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    rising = max(1, warmup) - 1  # updates until the rate is 1
+    schedules = torch.optim.lr_scheduler
+    parts = [schedules.CosineAnnealingLR(optimizer, max(1, 19 - rising), eta_min=0.1)]
+    if rising:
+        parts.insert(0, schedules.LinearLR(optimizer, 1 / warmup, total_iters=rising))
+    schedule = schedules.SequentialLR(optimizer, parts, milestones=[rising] * (len(parts) - 1))
+    rates = []
+    for updates_before in range(20):
+        rates.append(train_hpt.lr_factor(updates_before, args))
+        assert rates[-1] == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+    if warmup < 20:
+        assert rates[-1] == pytest.approx(0.1) and max(rates) == rates[rising] == 1.0
+    args.lr_schedule = "constant"
+    assert train_hpt.lr_factor(19, args) == min(1.0, 20 / max(1, warmup))
 
 
 # -------------------------------------------------- two steps of `main` against a plain loop

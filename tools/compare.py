@@ -1,8 +1,9 @@
 """Train several methods from one base, each with several seeds, and compare them.
 
     python -m tools.compare                               the toy: three seeds of every arm
+    python -m tools.compare --task longer-sums            sums of 3 to 9 digits
     python -m tools.compare --task word-problems          a language model of 135 M parameters
-    python -m tools.compare --only HPT GRPO --seeds 1     some arms, one seed
+    python -m tools.compare --only HPT GRPO --seeds 0     some arms, one seed
     python -m tools.compare --report                      the table and the figure of finished runs
 
 Each run is the program that a user would start, `torchrun train_hpt.py`; its log begins with its
@@ -17,7 +18,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from common import curves, report
+from evaluate import read_evaluation
 from toy import make
 
 
@@ -50,9 +54,38 @@ TOY = {
     "HPT, Mix/ON": Arm("--method hpt_mix"),
     "HPT, OFF/ON": Arm("--method hpt_off"),
 }
+# SFT, RL and HPT at four learning rates, to choose one for each in LONGER_SUMS. This ran with
+# `--seeds 3`, a seed that LONGER_SUMS has not.
+SFT = "--method sft --lr-schedule cosine"  # and a warm-up of a tenth, as arXiv 2604.23747 has it
+LEARNING_RATES = {
+    f"{label}, lr {lr}": Arm(f"{flags} --lr {lr}")
+    for label, flags in {
+        "SFT": f"{SFT} --warmup-steps 16",
+        "Dr. GRPO": "--method dr_grpo",
+        "HPT": "--method hpt --sft-coef 0.005",
+    }.items()
+    for lr in ("1e-4", "3e-4", "1e-3", "3e-3")
+}
+SFT += " --lr 1e-3"
+RL = "--method dr_grpo --lr 1e-4"
+HPT = "--lr 1e-4 --probe-gradients 10"
 LONGER_SUMS = {
-    "GRPO": Arm("--method grpo"),
-    "HPT": Arm("--method hpt"),
+    "SFT": Arm(f"{SFT} --warmup-steps 16"),
+    "Dr. GRPO": Arm(RL),
+    "SFT, 10 steps": Arm(f"{SFT} --steps 10 --warmup-steps 2"),
+    "SFT, 20 steps": Arm(f"{SFT} --steps 20 --warmup-steps 4"),
+    "SFT, 40 steps": Arm(f"{SFT} --steps 40 --warmup-steps 8"),
+    "SFT 10 -> Dr. GRPO 70": Arm(f"{RL} --steps 70", parent="SFT, 10 steps"),
+    "SFT 20 -> Dr. GRPO 60": Arm(f"{RL} --steps 60", parent="SFT, 20 steps"),
+    "SFT 40 -> Dr. GRPO 40": Arm(f"{RL} --steps 40", parent="SFT, 40 steps"),
+    "HPT": Arm(f"--method hpt {HPT} --sft-coef 0.005"),
+    "HPT, c_sft 0.5": Arm(f"--method hpt {HPT} --sft-coef 0.5"),
+    "HPT, c_sft 0.05": Arm(f"--method hpt {HPT} --sft-coef 0.05"),
+    "HPT, c_sft 0.0005": Arm(f"--method hpt {HPT} --sft-coef 0.0005"),
+    "SFT 20 -> HPT 60": Arm(f"--method hpt {HPT} --sft-coef 0.005 --steps 60", "SFT, 20 steps"),
+    "HPT, TrSFT": Arm(f"--method hpt_trsft {HPT} --sft-coef 0.005"),
+    "HPT, DFT": Arm(f"--method hpt_dft {HPT} --sft-coef 0.005"),
+    "HPT, OFF/ON": Arm(f"--method hpt_off {HPT}"),
 }
 # A few steps of SFT make a start from which GRPO has rewards. At the recipe's learning rate GRPO
 # collapses; 1e-5 is a fifth of it, as between LUFFY and HPT in the paper.
@@ -71,25 +104,27 @@ WORD_PROBLEMS = {
     "HPT, c_sft 0.05": Arm("--method hpt --sft-coef 0.05"),
     "HPT, c_sft 0.3": Arm("--method hpt --sft-coef 0.3"),
 }
+# Sums of 3 to 9 digits: the base solves a quarter of the shortest, and none from 7 digits on.
+LONGER = (
+    "--data {out}/train.jsonl --eval-data {out}/held_out.jsonl --max-prompt-tokens 24 "
+    "--steps 80 --eval-every 20 --eval-samples 4"
+)
 TASKS = {
     "toy": Task(
         "toy/toy.args",
         "--steps 30 --eval-every 15 --eval-samples 8 --lr 1e-4",
         TOY,
     ),
-    # Sums of 7 digits, which the base never solves.
-    "longer-sums": Task(
-        "toy/toy.args",
-        "--data {out}/train.jsonl --eval-data {out}/held_out.jsonl --max-prompt-tokens 24 "
-        "--steps 60 --eval-every 30 --eval-samples 8 --lr 5e-4",
-        LONGER_SUMS,
-    ),
+    "longer-sums": Task("toy/toy.args", LONGER, LONGER_SUMS),
+    "longer-sums-lr": Task("toy/toy.args", LONGER, LEARNING_RATES),
     "word-problems": Task(
         "recipes/smollm2-135m-word-problems.args",
         "--steps 20 --eval-every 0",
         WORD_PROBLEMS,
     ),
 }
+COST_METRICS = ("data/demo_tokens", "time/rollout", "time/train", "time/step")
+COST_METRICS += ("perf/rollout_tokens_per_sec", "perf/train_tokens_per_sec")
 PANELS = {
     "reward/mean": "reward on training prompts",
     "hpt/sft_frac": "share of gated prompts",
@@ -104,20 +139,20 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, and report."""
     args = parse_args(argv)
     folder = report.make_directory(args.out or f"runs/compare-{args.task}", exist_ok=True)
-    if args.task == "longer-sums":
-        names = ("train.jsonl", "held_out.jsonl")
-        for name, rows in zip(names, make.problems(counts={7: 500}), strict=True):
+    if args.task.startswith("longer-sums"):
+        names, counts = ("train.jsonl", "held_out.jsonl"), dict.fromkeys(range(3, 10), 100)
+        for name, rows in zip(names, make.problems(counts=counts), strict=True):
             report.replace_file(folder / name, report.lines_of(rows))
     arms = TASKS[args.task].arms
     parents = {arms[label].parent for label in args.only}
     labels = [label for label in arms if label in args.only or label in parents]
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for label in labels:
             out = directory(folder, label, seed)
             if not args.report and not is_finished(out):
                 print(f"{label}, seed {seed}", flush=True)
                 run(command(args, folder, label, seed), out.with_suffix(".log"))
-    print(write_report(folder, arms, labels, args.seeds))
+    print(write_report(folder, arms, labels, args.seeds, args.against))
     print(f"\n{folder}: comparison.md, comparison.png, and every run")
 
 
@@ -134,9 +169,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--task", choices=TASKS, default="toy", help="what the arms are trained on (toy)")
     add("--model", metavar="DIR", help="the base (the one that the task's recipe names)")
     add("--only", nargs="+", metavar="ARM", help="these arms, and their parents (all)")
-    add("--seeds", type=int, default=3, metavar="N", help="runs per arm, seeds 0 .. N-1 (3)")
+    about = "a run of every arm per seed (0 1 2)"
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help=about)
     add("--steps", type=int, metavar="N", help="rollout steps of every run (the arm's own)")
     add("--out", metavar="DIR", help="output directory (runs/compare-TASK)")
+    about = "the arm with which every other is compared, problem by problem (HPT)"
+    add("--against", default="HPT", metavar="ARM", help=about)
     add("--report", action="store_true", help="train nothing; report on the finished runs")
     args = parser.parse_args(argv)
     args.only = args.only or list(TASKS[args.task].arms)
@@ -189,26 +227,38 @@ def run(words: list[str], log: Path) -> None:
 # ---------------------------------------------------------------------------------------- reporting
 
 
-def write_report(folder: Path, arms: dict[str, Arm], labels: list[str], seeds: int) -> str:
-    """Write comparison.md and comparison.png from the finished runs; return the table.
+def write_report(
+    folder: Path, arms: dict[str, Arm], labels: list[str], seeds: list[int], against: str
+) -> str:
+    """Write comparison.md and comparison.png from the finished runs; return the tables.
 
     Raises:
         SystemExit: no run is finished.
     """
     runs = {}  # {label: {seed: metrics of the run, as report.read_metrics returns them}}
+    results = {}  # {label: {seed: its last evaluation, as common/report.py describes results}}
     for label in labels:
-        for seed in range(seeds):
+        for seed in seeds:
             out = directory(folder, label, seed)
             if is_finished(out):
                 runs.setdefault(label, {})[seed] = report.read_metrics(out)
+                results.setdefault(label, {})[seed] = read_evaluation(out)["held_out"]
     if not runs:
         raise SystemExit(f"error: no run in {folder} is finished")
     head = ["arm", "seeds", "steps", "before, %", "after, %", "gated at the end"]
-    rows = [[*head, "reward at the end", "rollouts", "demonstration tokens", "training, s"]]
+    head += ["reward at the end", "demonstration tokens", "sampled tokens, M", "trained tokens, M"]
+    costs = [[*head, "FLOPs per parameter, M", "training, s"]]
     for label, of_arm in runs.items():
         parents = runs.get(arms[label].parent, {})
-        rows.append(table_row(label, of_arm, parents))
-    text = "\n".join(report.markdown_table(rows))
+        costs.append(table_row(label, of_arm, parents))
+    levels = [["held out, % at level", *report.by_level(next(iter(results[label].values())))]]
+    for label, of_arm in results.items():
+        accuracies = [report.by_level(of_run).values() for of_run in of_arm.values()]
+        levels.append([label, *map(over_seeds, map(list, zip(*map(percents, accuracies))))])
+    tables = [costs, levels]
+    if against in results:
+        tables.append(difference_rows(results, against))
+    text = "\n\n".join("\n".join(report.markdown_table(rows)) for rows in tables)
     (folder / "comparison.md").write_text(text + "\n", encoding="utf-8")
     drawn = {label: list(of_arm.values()) for label, of_arm in runs.items()}
     curves.plot(drawn, folder / "comparison.png", PANELS)
@@ -231,15 +281,72 @@ def table_row(label: str, runs: dict[int, dict], parents: dict[int, dict]) -> li
     for name in ("hpt/sft_frac", "reward/mean"):
         last = [value for m in everyone for _, value in m.get(name, [])[-5:]]
         row.append(f"{statistics.fmean(last):.2f}" if last else "")
-    for name in ("data/rollouts", "data/demo_tokens", "time/step"):
-        totals = [total(m, name) + total(parents.get(seed, {}), name) for seed, m in runs.items()]
-        row.append(f"{statistics.fmean(totals):,.0f}")
-    return row
+    spent = [costs(m) for m in everyone]
+    for seed, cost in zip(runs, spent):
+        if seed in parents:
+            for name, value in costs(parents[seed]).items():
+                cost[name] += value
+    means = {name: statistics.fmean(cost[name] for cost in spent) for name in spent[0]}
+    flops = 2 * means["sampled"] + 6 * means["trained"]
+    row.append(f"{means['demonstrations']:,.0f}")
+    row += [f"{count / 1e6:.2f}" for count in (means["sampled"], means["trained"])]
+    return [*row, f"{flops / 1e6:.1f}", f"{means['seconds']:,.0f}"]
 
 
-def total(metrics: dict[str, list], name: str) -> float:
-    """Return the sum of a metric over the steps of a run."""
-    return sum(value for _, value in metrics.get(name, []))
+def costs(metrics: dict[str, list]) -> dict[str, float]:
+    """Return tokens and seconds that a run took: sums over its steps, without evaluations."""
+    steps = {name: dict(metrics.get(name, [])) for name in COST_METRICS}
+    tokens = {}
+    for part in ("rollout", "train"):
+        seconds = steps[f"time/{part}"]
+        speeds = steps[f"perf/{part}_tokens_per_sec"]
+        tokens[part] = sum(speed * seconds[step] for step, speed in speeds.items())
+    return {
+        "demonstrations": sum(steps["data/demo_tokens"].values()),
+        "sampled": tokens["rollout"],
+        "trained": tokens["train"],
+        "seconds": sum(steps["time/step"].values()),
+    }
+
+
+def percents(parts) -> list[float]:
+    """Return the accuracy of each list of results, in percent."""
+    return [100 * float(accuracies(results).mean()) for results in parts]
+
+
+def accuracies(results: list[dict]) -> np.ndarray:
+    """Return the share of right responses per problem, (P,)."""
+    return np.array([result["correct"] / result["samples"] for result in results])
+
+
+def difference_rows(results: dict[str, dict[int, list]], against: str) -> list[list]:
+    """Return the table of differences to an arm, in points, with 95 % intervals.
+
+    They are paired over the problems and the seeds that both arms have.
+    """
+    rows = [[f"minus {against}, held out", "seeds", "points", "95 % interval"]]
+    for label, of_arm in results.items():
+        seeds = [seed for seed in of_arm if seed in results[against]]
+        if label == against or not seeds:
+            continue
+        pairs = [accuracies(of_arm[s]) - accuracies(results[against][s]) for s in seeds]
+        mean, low, high = 100 * bootstrap(np.stack(pairs))
+        rows.append([label, len(seeds), f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}"])
+    return rows
+
+
+def bootstrap(differences: np.ndarray, draws: int = 2000) -> np.ndarray:
+    """Return (mean, lower, upper end of a 95 % interval) of differences (S, P).
+
+    Seeds S and problems P are both drawn again, with replacement. With few seeds the interval is
+    rather too short than too long.
+    """
+    rng, (S, P) = np.random.default_rng(0), differences.shape
+    means = [
+        differences[rng.integers(S, size=S)][:, rng.integers(P, size=P)].mean()
+        for _ in range(draws)
+    ]
+    return np.array([differences.mean(), *np.percentile(means, [2.5, 97.5])])
 
 
 def over_seeds(values: list[float]) -> str:
