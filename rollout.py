@@ -216,7 +216,7 @@ def prepare_config(overrides, config):
     """The Hugging Face config that the engine uses: the caller's overrides, and float32 logits.
 
     On a GPU vLLM would round the logits to bfloat16, which has 3 digits. The trainer computes them
-    in float32 too (`model.wide_logits`).
+    in float32 too (`head.wide_product`).
     """
     config = overrides(config)
     if torch.cuda.is_available():

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
-from common import attention, distributed, report
+from common import attention, distributed, head, report
 
 MOST_SKIPPED = 20
 
@@ -256,15 +255,13 @@ class Policy(Network):
 
     temperature: all logits are divided by it, as the sampler does. So every log-probability, also
     that of a demonstration, is one of softmax(logits / temperature).
-    chunk: the output layer is applied to this many tokens at a time. A full (M, V) matrix of logits
-    would take more memory than the rest of the model.
     """
 
     name = "policy"
 
-    def __init__(self, lm, temperature: float, chunk: int = 1024):
+    def __init__(self, lm, temperature: float):
         super().__init__(lm)
-        self.temperature, self.chunk = temperature, chunk
+        self.temperature = temperature
 
     def forward(
         self, ids: Tensor, is_response: Tensor, lengths: list[int], with_entropy: bool = False
@@ -275,79 +272,9 @@ class Policy(Network):
         float32 or wider. The arguments are those of Network.states_before.
         """
         hidden = self.states_before(ids, is_response, lengths)  # (M, D)
-        targets = ids[is_response]  # (M,)
-        logp, entropy = [], []
-        for states, tokens in zip(hidden.split(self.chunk), targets.split(self.chunk)):
-            # checkpoint: the chunk's logits are computed again in the backward pass, not kept.
-            part = checkpoint(self.of_chunk, states, tokens, with_entropy, use_reentrant=False)
-            logp.append(part[0])
-            entropy.append(part[1])
-        return torch.cat(logp), torch.cat(entropy) if with_entropy else None
-
-    def of_chunk(self, hidden: Tensor, targets: Tensor, with_entropy: bool):
-        """(c,) log-probabilities, and entropies or None, from (c, D) states and (c,) token ids."""
-        all_logp = tempered_logits(self.lm, hidden, self.temperature).log_softmax(-1)  # (c, V)
-        logp = all_logp.gather(-1, targets[:, None]).squeeze(-1)
-        entropy = -(all_logp.exp() * all_logp).sum(-1) if with_entropy else None
-        return logp, entropy
-
-
-def tempered_logits(lm, hidden: Tensor, temperature: float) -> Tensor:
-    """The logits (c, V) of states (c, D), divided by the temperature, in float32 or wider."""
-    logits = wide_logits(lm.get_output_embeddings(), hidden)
-    if (scale := logit_scale(lm.config)) != 1.0:
-        logits = logits * scale
-    if softcap := getattr(lm.config, "final_logit_softcapping", None):  # Gemma 2
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits if temperature == 1.0 else logits / temperature
-
-
-def logit_scale(config) -> float:
-    """The factor of the output layer's result: 1, except in Cohere, Granite and a few others.
-
-    transformers multiplies by it outside of the output layer; configs have several names for it.
-    """
-    for name in ("logit_scale", "lm_head_multiplier"):
-        if getattr(config, name, None):
-            return getattr(config, name)
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    return scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
-
-
-def wide_logits(output_layer: torch.nn.Linear, hidden: Tensor) -> Tensor:
-    """The output layer's logits (c, V) of states (c, D), in float32 or wider.
-
-    On a GPU the operands are bfloat16, but the products are not rounded to bfloat16, which has 3
-    digits: the sampler does the same (`rollout.prepare_config`), so that both agree.
-    """
-    if hidden.dtype != torch.bfloat16:
-        logits = output_layer(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = WideProduct.apply(hidden, output_layer.weight)
-    return logits if output_layer.bias is None else logits + output_layer.bias.float()
-
-
-class WideProduct(torch.autograd.Function):
-    """x @ w.T in float32 for bfloat16 x (c, D) and w (V, D).
-
-    torch has no derivative for a product whose result is wider than its operands. This one rounds
-    the gradient of the result to bfloat16, as the gradient of a bfloat16 layer is.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        """x @ w.T."""
-        ctx.save_for_backward(x, w)
-        if x.is_cuda:
-            return torch.mm(x, w.T, out_dtype=torch.float32)
-        return x.float() @ w.float().T  # products of two bfloat16 numbers are exact in float32
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of x and w from that of the result."""
-        x, w = ctx.saved_tensors
-        grad = grad.to(x.dtype)
-        return grad @ w, grad.T @ x
+        return head.token_log_probs(
+            self.lm, hidden, ids[is_response], self.temperature, with_entropy
+        )
 
 
 class Critic(Network):

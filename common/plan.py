@@ -11,9 +11,9 @@ import os
 import torch
 
 from common import model
+from common.head import CHUNK
 
 GB = 1e9
-CHUNK = 1024  # tokens to which the output layer is applied at a time (model.Policy)
 CONTEXT = 1.5 * GB  # CUDA context, libraries and communication buffers of a process
 ENGINE_WORKSPACE = 3 * GB  # the engine's activations and CUDA graphs
 ENGINE_ASLEEP = 1.5 * GB  # what of that stays while the engine sleeps

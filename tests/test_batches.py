@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from common import batches, probe
+from common import batches, head, probe
 from common.batches import Sequence, build_micro_batches, collate, plan_micro_batches
 from common.critic import accumulate_value_gradient, value_pass
 from common.metrics import Counts
@@ -176,7 +176,8 @@ def gradients_on_rank(rank, path):
     lm = tiny_lm()
     for block in lm.model.layers:
         fully_shard(block)
-    policy = fully_shard(Policy(lm, temperature=1.0, chunk=7))
+    head.CHUNK = 7
+    policy = fully_shard(Policy(lm, temperature=1.0))
     results = {name: trainer_gradient(policy, case) for name, case in CASES.items()}
     results["critic"] = critic_gradient(), {}
     if rank == 0:
@@ -262,16 +263,19 @@ class ByHand:
         x, H = read_once(tuple(p.problem["prompt_ids"]), tuple(p.problem["demo_ids"]))
         prob, weight, n = x.exp(), x.exp().detach(), len(p.rollouts)
         shaped = (prob / (prob + 0.1)).sum()  # LUFFY's f(pi)
+        dft, trsft = (weight * x).mean(), (prob / weight.clamp(min=0.1)).mean()
         in_group = (1 - (sum(p.rewards) + 1) / (n + 1)) * shaped / (n + 1) / L_MAX
         alone = shaped / n / L_MAX
         return {
             "sft": x.mean(),
-            "dft": (weight * x).mean(),
-            "trsft": (prob / weight.clamp(min=0.1)).mean(),
+            "dft": dft,
+            "trsft": trsft,
             "luffy": in_group,
             "srft": 0.5 * (-H.detach()).exp() * x.sum() / (n + 1) / L_MAX + in_group,
             "chord": (weight * (1 - weight) * x).sum() / tokens,
             "hpt": self.c_sft * x.mean(),
+            "hpt_dft": self.c_sft * dft,
+            "hpt_trsft": self.c_sft * trsft,
             "hpt_off": alone,
             "hpt_mix": self.c_sft * x.mean() + alone,
         }[self.method]

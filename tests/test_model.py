@@ -9,10 +9,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import error, flat_gradient, spawn, tiny_critic, tiny_lm
+from helpers import spawn, tiny_critic, tiny_lm
 from programs import BASE
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_hpt
@@ -48,17 +47,6 @@ def test_logits_are_divided_by_the_temperature(temperature):
     assert torch.allclose(got, wanted) and torch.allclose(got_entropy, entropy)
     assert Policy(lm, temperature)(*BATCH)[1] is None
     assert not torch.allclose(got, plain(lm, 1.3)[0], atol=1e-4)  # negative control
-
-
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_chunks_do_not_change_log_probabilities_entropies_or_gradient(chunk):
-    results = []
-    for size in (chunk, 1000):
-        lm = tiny_lm()
-        logp, entropy = Policy(lm, 0.7, size)(*BATCH, with_entropy=True)
-        logp.sin().sum().backward()
-        results.append((logp, entropy, flat_gradient(lm)))
-    assert all(torch.allclose(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_log_probabilities_and_values_of_bfloat16_models_are_float32():
@@ -103,55 +91,6 @@ def test_the_critic_reads_the_state_before_each_token():
     got = Critic(lm)(*BATCH)
     assert torch.allclose(got, values[:-1][RESPONSE[1:]])
     assert not torch.allclose(got, values[RESPONSE])  # negative control
-
-
-def test_float32_logits_of_bfloat16_operands_and_their_derivative():
-    """Against float64; bfloat16 logits, the negative control, are a hundred times as far off."""
-    torch.manual_seed(0)
-    hidden = torch.randn(6, 64).bfloat16().requires_grad_()
-    head = torch.nn.Linear(64, 50, bias=True).bfloat16()
-    exact = hidden.detach().double() @ head.weight.detach().double().T + head.bias.detach().double()
-    logits = model.wide_logits(head, hidden)
-    assert logits.dtype == torch.float32
-    largest = (logits - exact).abs().max()
-    assert largest < 1e-5 and (head(hidden).double() - exact).abs().max() > 100 * largest
-
-    logits.logsumexp(-1).sum().backward()
-    share = exact.softmax(-1)  # the derivative of logsumexp
-    assert hidden.grad.dtype == head.weight.grad.dtype == torch.bfloat16  # which has 3 digits
-    assert error(hidden.grad.double(), share @ head.weight.detach().double()) < 5e-3
-    assert error(head.weight.grad.double(), share.T @ hidden.detach().double()) < 5e-3
-
-
-class Sizes(TorchDispatchMode):
-    """Notes how many numbers the largest tensor has that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
-def test_logits_of_a_large_vocabulary_never_exist_all_at_once():
-    """What waits for the backward pass is a few numbers per token.
-
-    With 152k words and 16k tokens, all logits would take 10 GB.
-    """
-    vocabulary, tokens, width, kept = 152_000, 300, 4, []
-    policy = Policy(tiny_lm().float(), 1.0, chunk=32)
-    policy.lm.lm_head = torch.nn.Linear(width, vocabulary, bias=False)
-    states = torch.randn(tokens, width, requires_grad=True)
-    policy.states_before = lambda ids, response, lengths: states
-    ids = torch.randint(0, vocabulary, (tokens,))
-    note = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, id)
-    with note, Sizes() as sizes:
-        logp, _ = policy(ids, torch.ones_like(ids).bool(), [tokens])
-    assert logp.shape == (tokens,)
-    assert sizes.largest <= 32 * vocabulary and sum(kept) <= 20 * tokens
 
 
 # ----------------------------------------------------------------------------- optimizer steps
