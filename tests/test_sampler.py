@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,12 +81,13 @@ def use_vllm(out):
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory):
-    """What an engine has done."""
+    """What an engine has done, and under "output" what vLLM has said, warnings too."""
     out = tmp_path_factory.mktemp("engine") / "found.json"
-    line, environment = [sys.executable, __file__, out], os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "WARNING"}
+    line = [sys.executable, __file__, out]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    return json.loads(out.read_text())
+    return json.loads(out.read_text()) | {"output": done.stdout + done.stderr}
 
 
 def transformers_sampler(**more):
@@ -173,6 +175,16 @@ def test_new_weights_are_sampled_from_although_the_prompt_was_cached(kind, reque
 def test_vllm_needs_tied_weights_under_both_names(vllm):
     """Else it goes on with the old output layer: this is why Network.weights gives both."""
     assert largest_gap(toy_model(0.3), vllm["one name"], [CACHED]) > 1e-2
+
+
+def test_a_load_leaves_no_weight_out(vllm):
+    """vLLM warns of a layer without new weights: of the output layer in that load alone."""
+    assert "not loaded" not in vllm["output"]
+    failed = re.findall(r"(\w+): Failed to load weights", vllm["output"])
+    loads = failed.count("RotaryEmbedding")  # it has no weights, and is named in every load
+    assert loads == 4 and [name for name in failed if name != "RotaryEmbedding"] == [
+        "ParallelLMHead"
+    ]
 
 
 def test_greedy_tokens_are_those_of_vllm(vllm):
