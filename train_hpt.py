@@ -460,10 +460,10 @@ def start(args, method: Method, inputs: Inputs):
         max_num_seqs=memory.concurrent,
     )
     sampler.sleep()
-    policy = model.build_policy(args, inputs.config, device)
+    policy = model.build_policy(args, inputs.config, device, memory.checkpointing)
     critic = None
     if has_critic(method):
-        critic = model.build_critic(args, inputs.config, device)
+        critic = model.build_critic(args, inputs.config, device, memory.checkpointing)
     return device, sampler, policy, critic
 
 

@@ -14,6 +14,17 @@ NAME = "packed"  # of the attention function, among those of transformers
 LENGTHS = "packed_lengths"  # the keyword under which a model is given the sequences' lengths
 
 
+class Lengths:
+    """The tokens of each sequence, in an object of which torch.compile looks at the class alone.
+
+    A list's numbers it would build into its graphs: each new list would be compiled anew.
+    """
+
+    def __init__(self, tokens: list[int]):
+        self.tokens = tokens
+
+
+@torch.compiler.disable  # what stands before and after it in a block is compiled
 def packed_attention(
     module,
     query: Tensor,
@@ -23,7 +34,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    packed_lengths: list[int] | None = None,
+    packed_lengths: Lengths | None = None,
     **unused,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence; called by transformers.
@@ -33,7 +44,7 @@ def packed_attention(
         scaling: of the scores, 1/sqrt(d) if it is not given.
         sliding_window: a token sees itself and so many less one before it; all if not given.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        packed_lengths: tokens of each sequence; their sum is T.
+        packed_lengths: the tokens of each sequence; their sum is T.
 
     Returns (1, T, H, d), and None in place of the attention weights.
     """
@@ -41,7 +52,9 @@ def packed_attention(
         raise ValueError("this model has an attention mask of its own, which packing would drop")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs, start = [], 0
-    for length, equal in groupby(packed_lengths):  # neighbours of one length are computed together
+    for length, equal in groupby(
+        packed_lengths.tokens
+    ):  # neighbours of one length are computed together
         stop = start + length * len(list(equal))
         q, k, v = (  # (sequences, heads, length, d)
             x[0, :, start:stop].unflatten(1, (-1, length)).transpose(0, 1)

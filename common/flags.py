@@ -30,8 +30,8 @@ SOURCES = ".jsonl, .json, .parquet, or hub NAME:CONFIG:SPLIT"
 # A resumed run may have other values of these: they change how long it is, what is measured and
 # saved, and how the work is cut, which changes the gradient by rounding at most.
 MAY_CHANGE = {"plan", "out", "resume", "steps", "save_every", "eval_every", "probe_gradients"}
-MAY_CHANGE |= {"tokens_per_microbatch", "gradient_checkpointing", "tensor_parallel"}
-MAY_CHANGE |= {"gpu_memory_utilization", "wandb", "tensorboard"}
+MAY_CHANGE |= {"tokens_per_microbatch", "gradient_checkpointing", "compile", "offload"}
+MAY_CHANGE |= {"tensor_parallel", "gpu_memory_utilization", "wandb", "tensorboard"}
 
 
 # ---------------------------------------------------------------------------------- kinds of values
@@ -218,9 +218,12 @@ def add_optimisation_flags(add) -> None:
     add("--weight-decay", type=POSITIVE_OR_0, default=0.01, metavar="X", help="of AdamW (0.01)")
     about = "clip gradients to this norm; inf: no clip (1)"
     add("--max-grad-norm", type=POSITIVE, default=1.0, metavar="X", help=about)
-    about = "compute activations twice: less memory, a third more time (on)"
-    kind = argparse.BooleanOptionalAction
-    add("--gradient-checkpointing", action=kind, default=True, help=about)
+    about = "compute activations twice, a third more time; auto: if memory asks for it (auto)"
+    add("--gradient-checkpointing", choices=["auto", "on", "off"], default="auto", help=about)
+    about = "keep weights, gradients and moments in the host's memory: for small GPUs, slower (no)"
+    add("--offload", action="store_true", help=about)
+    about = "do not compile the model's blocks on a GPU: it starts faster, and is slower"
+    add("--no-compile", dest="compile", action="store_false", help=about)
 
 
 def check_training(parser: Parser, args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from common import attention, distributed, head, report
 
@@ -158,7 +158,7 @@ class Network(torch.nn.Module):
             lengths: tokens of each sequence; they add up to T.
         """
         positions = torch.cat([torch.arange(n) for n in lengths]).to(ids.device)  # (T,)
-        packing = {attention.LENGTHS: lengths} if self.can_pack else {}
+        packing = {attention.LENGTHS: attention.Lengths(lengths)} if self.can_pack else {}
         states = self.lm.base_model(
             input_ids=ids[None], position_ids=positions[None], use_cache=False, **packing
         ).last_hidden_state[0]  # (T, D)
@@ -205,8 +205,11 @@ class Network(torch.nn.Module):
         Tied weights come under each of their names, as Sampler.load wants them.
         """
         for name, parameter in self.lm.named_parameters(remove_duplicate=False):
-            dtype = torch.bfloat16 if parameter.is_cuda else torch.float32
-            yield name, parameter.detach().to(dtype).full_tensor()  # half the bytes to gather
+            device = parameter.device_mesh.device_type  # with --offload, the parameter is not there
+            dtype = (
+                torch.bfloat16 if device == "cuda" else torch.float32
+            )  # half the bytes to gather
+            yield name, parameter.detach().to(device, dtype).full_tensor()
 
     def save(self, directory: Path, tokenizer, end_token_ids: list[int]) -> None:
         """Write a plain Hugging Face directory, with the weights as the sampler has them.
@@ -295,8 +298,8 @@ class Critic(Network):
 SAFELY = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
 
 
-def build_policy(args, config, device) -> Policy:
-    """The policy from --model, sharded, with its optimizer."""
+def build_policy(args, config, device, checkpointing: bool) -> Policy:
+    """The policy from --model, sharded, with its optimizer. checkpointing: as `shard` has it."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     # The base's own generation_config.json is not read: transformers refuses some of its values.
@@ -306,10 +309,10 @@ def build_policy(args, config, device) -> Policy:
         )
     except Exception as error:  # every value and file may be wrong
         raise SystemExit(f"error: --model {args.model} cannot be built: {error}") from error
-    return shard(Policy(lm, args.temperature), args, device)
+    return shard(Policy(lm, args.temperature), args, device, checkpointing)
 
 
-def build_critic(args, config, device) -> Critic:
+def build_critic(args, config, device, checkpointing: bool) -> Critic:
     """The critic: the base model with a value head that is 0 everywhere."""
     from transformers import AutoModelForTokenClassification
 
@@ -317,31 +320,49 @@ def build_critic(args, config, device) -> Critic:
     lm = AutoModelForTokenClassification.from_pretrained(args.model, config=config, **SAFELY)
     torch.nn.init.zeros_(lm.score.weight)
     torch.nn.init.zeros_(lm.score.bias)
-    return shard(Critic(lm), args, device)
+    return shard(Critic(lm), args, device, checkpointing)
 
 
-def shard(network: Network, args, device) -> Network:
+def shard(network: Network, args, device, checkpointing: bool) -> Network:
     """Shard a network over the ranks with FSDP, block by block, and give it its AdamW optimizer.
 
     The master weights are float32. On a GPU the network computes in bfloat16 and sums gradients in
     float32; on a CPU all is float32. `Network.step` sets the learning rate.
+
+    Args:
+        checkpointing: compute the activations of a block again in the backward pass, instead of
+            keeping them.
     """
+    on_gpu = device.type == "cuda"
     lm = network.lm.train()  # without train(), transformers ignores gradient checkpointing
-    if args.gradient_checkpointing:
+    if checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    precision = MixedPrecisionPolicy()
-    if device.type == "cuda":
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    settings = {"mesh": dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))}
+    if on_gpu:
+        settings["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if args.offload:  # master weights, gradients and moments stay on the host, and so AdamW's step
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=on_gpu)
     blocks = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or [])]
+    if on_gpu and args.compile and network.can_pack:
+        compile_blocks(blocks)
     for block in blocks:
-        fully_shard(block.float(), mesh=mesh, mp_policy=precision)
-    fully_shard(network.float(), mesh=mesh, mp_policy=precision)
+        fully_shard(block.float(), **settings)
+    fully_shard(network.float(), **settings)
     network.optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=args.lr,
         betas=(0.9, 0.999),
         weight_decay=args.weight_decay,
-        fused=torch.cuda.is_available(),  # one kernel for all parameters
+        fused=on_gpu,  # one kernel for all parameters
     )
     return network
+
+
+def compile_blocks(blocks: list, **settings) -> None:
+    """Let torch.compile fuse what a block computes around its attention; settings are its own.
+
+    One set of graphs serves all blocks and all numbers of tokens. It comes before FSDP, which must
+    gather a block's weights before the compiled function runs.
+    """
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=True, **settings)

@@ -1,8 +1,8 @@
 """Whether a run fits into memory: an estimate from the model's config, before weights are loaded.
 
 It serves the plan that a run prints, --plan, which prints it and ends, the default of
---gpu-memory-utilization, and how many responses the engine computes at a time.
-docs/gpu.md holds its figures for models of 1.5 to 32 billion parameters.
+--gpu-memory-utilization, how many responses the engine computes at a time, and whether the trainer
+checkpoints gradients. docs/gpu.md holds its figures for models of 1.5 to 32 billion parameters.
 """
 
 import dataclasses
@@ -15,8 +15,10 @@ from common.head import CHUNK
 
 GB = 1e9
 CONTEXT = 1.5 * GB  # CUDA context, libraries and communication buffers of a process
-ENGINE_WORKSPACE = 3 * GB  # the engine's activations and CUDA graphs
-ENGINE_ASLEEP = 1.5 * GB  # what of that stays while the engine sleeps
+ENGINE_TOKENS = 8192  # per pass of the engine, or one longest sequence; vLLM's default is higher
+ENGINE_RESPONSES = 512  # at a time: for a larger batch vLLM has no CUDA graph
+ENGINE_GRAPHS = 1 * GB  # the engine's CUDA graphs
+ENGINE_ASLEEP = 1.5 * GB  # what stays while the engine sleeps
 USABLE = 0.95  # of the memory; the rest is lost to fragments
 
 
@@ -27,7 +29,9 @@ class MemoryPlan:
     has_gpu: bool
     device: float  # memory of a rank's device
     resident: float  # weights and Adam's moments: always there
+    offloaded: float  # what --offload keeps in the host's memory
     peak: float  # what a rank's device holds while the trainer works
+    checkpointing: bool  # whether the trainer checkpoints gradients
     utilization: float  # the engine's share of the GPU, the default of --gpu-memory-utilization
     cache_tokens: int  # whose keys and values the engine's cache holds beside the trainer
     concurrent: int  # how many responses the engine should compute at a time
@@ -38,9 +42,15 @@ class MemoryPlan:
         where = "GPU" if self.has_gpu else "host"
         text = [
             f"memory per rank, estimated: {self.resident / GB:.2f} GB for weights and Adam's "
-            f"moments, {self.peak / GB:.2f} GB at the peak of training; the {where} has "
+            f"moments, {self.peak / GB:.2f} GB at the peak of training with"
+            f"{'' if self.checkpointing else 'out'} gradient checkpointing; the {where} has "
             f"{self.device / GB:.1f} GB"
         ]
+        if self.offloaded:
+            text.append(
+                f"the host holds {self.offloaded / GB:.1f} GB per rank of weights, moments and "
+                "gradients"
+            )
         if self.has_gpu:
             text.append(
                 f"the engine may take {self.utilization:.2f} of the GPU: a cache of "
@@ -53,7 +63,7 @@ class MemoryPlan:
         found = []
         if self.peak > USABLE * self.device:
             found.append(
-                "the peak of training is above the memory: use more ranks, lower "
+                "the peak of training is above the memory: use more ranks, --offload or a lower "
                 "--tokens-per-microbatch, or choose a smaller model"
             )
         if self.has_gpu and self.cache_tokens < self.longest:
@@ -100,8 +110,11 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     longest = args.max_prompt_tokens + args.max_response_tokens
 
     total, block, outside = count_parameters(config)
-    resident = (2 if has_critic else 1) * 12 * total / ranks
-    training = training_bytes(args, config, total / ranks, block, outside, number)
+    networks = 2 if has_critic else 1
+    resident, offloaded = networks * 12 * total / ranks, 0.0
+    gradients = 4 * total / ranks  # the critic's come after the policy's are cleared
+    if args.offload and has_gpu:
+        resident, offloaded, gradients = 0.0, resident + gradients, 0.0
     text = config.get_text_config()  # of a model that also sees pictures
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -109,42 +122,71 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     weights = total * number / args.tensor_parallel
 
     if has_gpu:
-        peak = resident + training + CONTEXT + ENGINE_ASLEEP
+        beside = CONTEXT + ENGINE_ASLEEP
         free = max(0.0, USABLE * device - CONTEXT - resident)  # for the engine while it is awake
-        cache = max(0.0, free - weights - ENGINE_WORKSPACE)
+        cache = max(0.0, free - weights - engine_workspace(text, longest))
         cache_tokens = int(cache * args.tensor_parallel / cache_per_token)
-        # Responses are on average at half of their length. Beyond 1024 nothing is gained.
-        concurrent = min(1024, max(8, 2 * cache_tokens // longest))
+        # Responses are on average at half of their length.
+        concurrent = min(ENGINE_RESPONSES, max(8, 2 * cache_tokens // longest))
     else:  # the engine never sleeps; VLLM_CPU_KVCACHE_SPACE is vLLM's setting, in GiB
-        cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1)) * 2**30
-        peak = resident + training + weights + cache
+        beside = weights + float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1)) * 2**30
         free, cache_tokens, concurrent = 0.0, 0, 256  # 256 was fastest
-    utilization = max(0.05, int(100 * free / device) / 100)
+
+    def peak_of(checkpointing: bool) -> float:
+        """What a rank's device holds while the trainer works."""
+        training = training_bytes(args, text, block, outside, number, checkpointing)
+        return resident + gradients + training + beside
+
+    checkpointing = args.gradient_checkpointing == "on"
+    if args.gradient_checkpointing == "auto":
+        checkpointing = peak_of(False) > USABLE * device
     return MemoryPlan(
-        has_gpu, device, resident, peak, utilization, cache_tokens, concurrent, longest
+        has_gpu,
+        device,
+        resident,
+        offloaded,
+        peak_of(checkpointing),
+        checkpointing,
+        utilization=max(0.05, int(100 * free / device) / 100),
+        cache_tokens=cache_tokens,
+        concurrent=concurrent,
+        longest=longest,
     )
 
 
-def training_bytes(args, config, shard: float, block: int, outside: int, number: int) -> float:
-    """What training takes on top of weights and moments: gradients, activations and logits.
+def engine_workspace(text, longest: int) -> float:
+    """What the engine takes on a GPU beside weights and cache. text: the text model's config.
+
+    Per token of a pass the widest part of a block; per response at a time the logits, what becomes
+    of them, the noise and the counts of tokens, each of 4 bytes per word; and CUDA graphs.
+    """
+    width, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
+    passed = max(ENGINE_TOKENS, longest) * (4 * width + 3 * inner) * 2
+    sampled = ENGINE_RESPONSES * 4 * text.vocab_size * 4
+    return passed + sampled + ENGINE_GRAPHS
+
+
+def training_bytes(args, text, block: int, outside: int, number: int, checkpointing: bool) -> float:
+    """What training takes on top of weights, moments and their gradients.
 
     Args:
-        shard: parameters per rank.
+        text: the text model's config.
         block, outside: as `count_parameters` has them.
         number: bytes of a number in the forward pass.
+        checkpointing: whether the activations of a block are computed twice.
     """
     tokens = max(args.tokens_per_microbatch, args.max_prompt_tokens + args.max_response_tokens)
-    text = config.get_text_config()
     width, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
     inside_a_block = tokens * (12 * width + 4 * inner) * number  # kept for its backward pass
     activations = text.num_hidden_layers * inside_a_block
-    if args.gradient_checkpointing:
+    if checkpointing:
         activations = text.num_hidden_layers * tokens * width * number + inside_a_block
     copies = 5 if args.entropy_coef else 3  # in float32: logits, exponentials, gradient, ...
     logits = copies * CHUNK * text.vocab_size * 4
+    logits += 2 * text.vocab_size * width * 4  # the output layer's gradient: a chunk's and the sum
     gathered = (2 * block + outside) * number  # FSDP holds a block, fetches the next
     unreduced = (number + 4) * max(block, outside)  # gradients of a block before they are reduced
-    return 4 * shard + gathered + unreduced + activations + logits
+    return gathered + unreduced + activations + logits
 
 
 def count_parameters(config) -> tuple[int, int, int]:

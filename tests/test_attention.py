@@ -61,7 +61,7 @@ def packed(lm, lengths=LENGTHS):
     """The same of the sequences in one row."""
     assert attention.use_packed(lm)
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    more = {"position_ids": positions[None], attention.LENGTHS: lengths}
+    more = {"position_ids": positions[None], attention.LENGTHS: attention.Lengths(lengths)}
     output = lm.base_model(input_ids=IDS[None], use_cache=False, **more)
     return with_gradient(lm, output.last_hidden_state[0])
 

@@ -41,7 +41,7 @@ def base(tmp_path):
 def args_of(folder, **more):
     settings = {"model": str(folder), "template": "chat", "rope_theta": None, "lr": 1e-3}
     settings |= {"max_position_embeddings": None, "temperature": 1.0, "weight_decay": 0.0}
-    return SimpleNamespace(**settings | {"gradient_checkpointing": False} | more)
+    return SimpleNamespace(**settings | {"offload": False, "compile": False} | more)
 
 
 # ---------------------------------------------------------------------------- a model that is saved
@@ -74,7 +74,7 @@ def test_a_trained_model_can_be_saved_whatever_its_base_says(base, tmp_path, one
     args = args_of(base(**files))
     config, tokenizer = model.load_config_and_tokenizer(args)
     ends = model.end_token_ids(args.model, config, tokenizer)
-    policy = model.build_policy(args, config, one_rank)
+    policy = model.build_policy(args, config, one_rank, False)
     checkpoint.try_to_save(tmp_path, policy, tokenizer, ends)
     policy.save(tmp_path / "final", tokenizer, ends)
     assert GenerationConfig.from_pretrained(tmp_path / "final").eos_token_id == 1

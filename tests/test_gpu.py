@@ -103,7 +103,7 @@ def bfloat16_gradient(_rank):
     wanted = helpers.flat_gradient(lm)
 
     sequences = [batches.Sequence(p, d, True, q, 1.0, 1 / len(d)) for q, (p, d) in enumerate(pairs)]
-    policy = model.shard(model.Policy(helpers.tiny_lm(), 1.0), args, device)
+    policy = model.shard(model.Policy(helpers.tiny_lm(), 1.0), args, device, False)
     m = batches.collate(TABLE["sft"], sequences, device)
     cosines = []
     for advantage in (1.0, -1.0):  # of the first token; the second is a negative control

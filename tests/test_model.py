@@ -9,13 +9,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import spawn, tiny_critic, tiny_lm
+from helpers import error, spawn, tiny_critic, tiny_lm
 from programs import BASE
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_hpt
-from common import flags, model
+from common import attention, flags, model
 from common.model import Critic, Network, Policy
 from toy import make
 
@@ -157,11 +158,96 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(full_tensor, monkeypatch)
         network.step(0.1, 1.0)
 
 
+# --------------------------------------------------------- compiled, and kept on the host
+
+PACKINGS = [[5, 4], [3, 3, 3], [9], [2, 7], [1, 3, 5], [6, 6, 6], [4], [2, 2, 2, 2], [11, 1]]
+
+
+def gradient_of(policy, lengths):
+    """The gradient, flat, of the sum of the log-probabilities of all tokens but the first ones."""
+    ids = torch.arange(sum(lengths)) % 29 + 3
+    is_response = torch.cat([torch.arange(n) > 0 for n in lengths])
+    policy(ids, is_response, lengths)[0].sum().backward()
+    grads = torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()])
+    policy.zero_grad()
+    return grads
+
+
+class Visible(list):
+    """Lengths into which torch.compile looks."""
+
+    tokens = property(lambda self: self)
+
+
+def build_in_several_ways(_rank, folder):
+    """The same policy, compiled, with --offload and so on; notes graphs, gradients, weights."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    facts, args = {}, flags_of(folder)
+    on_host = SimpleNamespace(**vars(args) | {"offload": True})
+    for name, its_args, checkpointing, lengths_of in (
+        ("plain", args, False, attention.Lengths),
+        ("checkpointing", args, True, attention.Lengths),
+        ("offload", on_host, False, attention.Lengths),
+        ("compiled", args, True, attention.Lengths),
+        ("compiled, visible", args, True, Visible),
+    ):
+        lm, counter = tiny_lm(), CompileCounterWithBackend("aot_eager")
+        if name.startswith("compiled"):
+            torch._dynamo.reset()
+            model.compile_blocks(lm.model.layers, backend=counter)
+        policy = model.shard(Policy(lm, 1.0), its_args, torch.device("cpu"), checkpointing)
+        gradients, graphs = [], []
+        with mock.patch.object(attention, "Lengths", lengths_of):
+            for lengths in PACKINGS:
+                gradients.append(gradient_of(policy, lengths))
+                graphs.append(counter.frame_count)
+        policy(*BATCH)[0].sum().backward()
+        policy.step(0.1, 1.0)
+        facts[name] = {"gradients": torch.stack(gradients), "graphs": graphs}
+        facts[name]["weights"] = dict(policy.weights())
+        fsdp = policy.lm.model.layers[0]._get_fsdp_state()._fsdp_param_group
+        facts[name]["policy"] = type(fsdp.offload_policy).__name__
+    torch.save(facts, folder / "facts.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory):
+    """{way to build a policy: its facts}."""
+    folder = tmp_path_factory.mktemp("ways")
+    spawn(build_in_several_ways, folder)
+    return torch.load(folder / "facts.pt")
+
+
+def test_the_same_graphs_serve_all_blocks_and_all_lengths(ways):
+    graphs = ways["compiled"]["graphs"]
+    assert graphs[0] == graphs[-1] > 0 == ways["plain"]["graphs"][-1]
+    visible = ways["compiled, visible"]["graphs"]  # negative control
+    assert visible[-1] > visible[0]
+
+
+def test_a_compiled_policy_has_the_gradient_of_the_plain_one(ways):
+    gradients, plain = ways["compiled"]["gradients"], ways["plain"]["gradients"]
+    assert max(map(error, gradients, plain)) < 1e-5
+    assert error(gradients[0], plain[1]) > 0.1  # negative control
+
+
+@pytest.mark.parametrize("way", ["offload", "checkpointing"])
+def test_offload_and_checkpointing_change_no_bit(ways, way):
+    for name in ("gradients", "weights"):
+        found, plain = ways[way][name], ways["plain"][name]
+        keys = plain if name == "weights" else range(len(plain))
+        assert all(torch.equal(found[key], plain[key]) for key in keys)
+    policies = {name: facts["policy"] for name, facts in ways.items()}
+    assert policies["offload"] == "CPUOffloadPolicy" != policies["plain"]
+
+
 # ------------------------------------------- sharded over two ranks, given away, saved and read
 
 
 def flags_of(directory):
-    settings = {"temperature": 0.7, "gradient_checkpointing": True, "lr": 0.1, "weight_decay": 0.3}
+    settings = {"temperature": 0.7, "lr": 0.1, "weight_decay": 0.3, "offload": False}
     return SimpleNamespace(model=directory, **settings)
 
 
@@ -172,14 +258,14 @@ def build_and_save(rank, folder):
     cpu, facts = torch.device("cpu"), {}
     for name in ("tied", "untied"):
         config = AutoConfig.from_pretrained(folder / name)
-        policy = model.build_policy(flags_of(folder / name), config, cpu)
+        policy = model.build_policy(flags_of(folder / name), config, cpu, True)
         facts[name] = facts_of(policy) | {"temperature": policy.temperature}
         policy.save(folder / f"{name}-saved", make.tokenizer(), [1, 5] if name == "tied" else [1])
     with torch.no_grad():  # as the old-policy pass of a later mini-batch
         policy(*BATCH)
     facts["norm without gradient"] = policy.step(0.1, 1.0)
     facts["after a step without gradient"] = dict(policy.weights())
-    facts["critic"] = facts_of(model.build_critic(flags_of(folder / "tied"), config, cpu))
+    facts["critic"] = facts_of(model.build_critic(flags_of(folder / "tied"), config, cpu, True))
     with torch.no_grad():
         next(policy.parameters()).mul_(math.nan)
     try:

@@ -46,10 +46,34 @@ def test_weights_and_moments_take_12_bytes_per_parameter_divided_by_the_ranks(ra
 def test_the_cache_has_what_trainer_and_engine_leave(share, monkeypatch):
     """A token: two tensors, 28 layers, 4 heads of 128 numbers of 2 bytes, divided by the share."""
     made = plan_of("7B", 8, monkeypatch, "--tensor-parallel", str(share))
-    used = 12 * 7.616e9 / 8 + 2 * 7.616e9 / share + plan.ENGINE_WORKSPACE + plan.CONTEXT
+    # A pass of 9,216 tokens, 512 responses at a time, CUDA graphs.
+    workspace = 9216 * (4 * 3584 + 3 * 18944) * 2 + 512 * 152064 * 16 + 1e9
+    used = 12 * 7.616e9 / 8 + 2 * 7.616e9 / share + workspace + plan.CONTEXT
     wanted = (0.95 * 80e9 - used) / (2 * 28 * 4 * 128 * 2 / share)
     assert made.cache_tokens == pytest.approx(wanted, rel=1e-3)
     assert made.utilization * 80e9 + made.resident < 0.95 * 80e9
+
+
+@pytest.mark.parametrize("tokens, checkpoints", [(9216, False), (32768, True)])
+def test_gradients_are_checkpointed_where_memory_asks_for_it(tokens, checkpoints, monkeypatch):
+    """28 layers keep 12 widths and 4 inner widths per token, 1.5 MB; 64 GB are left for them."""
+    words = ["--tokens-per-microbatch", str(tokens)]
+    auto, on, off = (
+        plan_of("1.5B", 8, monkeypatch, *words, "--gradient-checkpointing", how)
+        for how in ("auto", "on", "off")
+    )
+    assert auto.checkpointing == checkpoints and auto.peak == (on if checkpoints else off).peak
+    assert on.checkpointing and not off.checkpointing and on.problems() == []
+    kept = 27 * tokens * (12 * 1536 + 4 * 8960) * 2 - 28 * tokens * 1536 * 2
+    assert off.peak - on.peak == pytest.approx(kept)
+
+
+def test_offload_keeps_16_bytes_per_parameter_on_the_host(monkeypatch):
+    here, there = (plan_of("7B", 1, monkeypatch, *words) for words in ([], ["--offload"]))
+    assert here.offloaded == there.resident == 0
+    assert there.offloaded == pytest.approx(16 * 7.616e9, rel=1e-3)
+    assert here.problems() != [] and there.problems() == []
+    assert any("the host holds 121.8 GB per rank" in line for line in there.lines())
 
 
 @pytest.mark.parametrize(

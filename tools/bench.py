@@ -198,7 +198,8 @@ def measure_update(bench, words: list[str]) -> None:
     tokens = sum(len(s.prompt_ids) + len(s.response_ids) for s in sequences)
 
     lm = random_model(config, torch.bfloat16, device)
-    policy = model.shard(model.Policy(lm, args.temperature), args, device)
+    checkpointing = args.gradient_checkpointing != "off"
+    policy = model.shard(model.Policy(lm, args.temperature), args, device, checkpointing)
     cut = args.tokens_per_microbatch, args.entropy_coef, device, metrics.Counts()
     micro_batches = build_micro_batches({"dr_grpo": sequences}, *cut)
 
@@ -250,7 +251,7 @@ def plain_pass(args, config, sequences: list[Sequence], device):
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lm = random_model(config, dtype, device).train()
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing != "off":
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     texts = [(s.prompt_ids + s.response_ids, len(s.prompt_ids)) for s in sequences]
     texts.sort(key=lambda text: -len(text[0]))
@@ -425,7 +426,7 @@ def grpo_config(args, steps: int, batch: int | None, folder: str):
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
-        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing=args.gradient_checkpointing == "on",
         bf16=has_gpu,
         model_init_kwargs={"dtype": "float32"},
         shuffle_dataset=False,
