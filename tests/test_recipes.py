@@ -25,7 +25,10 @@ MODELS = {  # recipe: what it has of its own
     },
 }
 BASELINES = {  # recipe: the flags in which it differs from HPT
-    "sft": {"method": "sft"},
+    "sft": {"method": "sft", "steps": 1078, "lr": 5e-5}
+    | {"lr_schedule": "cosine", "warmup_steps": 216},
+    "sft-then-grpo": {"model": "runs/sft/final", "method": "grpo", "lr": 1e-6, "clip_eps": 0.2},
+    "sft-then-hpt": {"model": "runs/sft/final", "lr": 1e-6},
     "grpo": {"method": "grpo", "lr": 1e-6, "clip_eps": 0.2},
     "luffy": {"method": "luffy", "lr": 1e-6},
     "srft": {"method": "srft", "lr": 1e-6},
