@@ -45,6 +45,7 @@ import reward
 import rollout
 from common import checkpoint, data, distributed, flags, metrics, model, plan, probe, report
 from common.batches import MicroBatch, Sequence, build_micro_batches
+from common.closing import closing_report
 from common.critic import accumulate_value_gradient, value_pass
 from upge import METHODS, TABLE, Method, Row, hpt_gate, upge_loss
 
@@ -110,9 +111,11 @@ def main(args) -> None:
                 measured |= evaluate_held_out(step, inputs, sampler, verifier, args, out)
             report.log(out, measured | probed, args.steps)
             report.log_samples(out, step, prompts)
+            if method.combine == "gate":
+                report.log_gate(out, step, prompts)
             save_if_due(out, step, args, inputs, policy, critic)
         sampler.close()
-    report.closing_table(out, args)
+    closing_report(out, args)
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:

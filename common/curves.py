@@ -24,6 +24,7 @@ SHARES = ("reward", "hpt", "eval")  # the metrics named so lie between 0 and 1
 # Colours that colour-blind readers can tell apart (Okabe and Ito, 2008); then again, dashed.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--")
+GATE_COLORS = ("#CFE3F1", COLORS[1])  # of rollouts and of demonstrations
 
 
 def plot(runs: dict[str, list], path: str | Path, panels: dict[str, str] = PANELS) -> None:
@@ -63,6 +64,61 @@ def plot(runs: dict[str, list], path: str | Path, panels: dict[str, str] = PANEL
     )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)  # matplotlib keeps open figures in memory
+
+
+def plot_gate(rows: list[dict], offline_ratio: list[tuple], path: str | Path) -> None:
+    """Draw where a gate sends the prompts: a row per level, a column per step, the ratio beneath.
+
+    Args:
+        rows: those of gate.jsonl, as report.log_gate writes them.
+        offline_ratio: [(step, hpt/offline_ratio), ...].
+        path: the PNG file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shares = {(row["step"], level): share for row in rows for level, _, share in row["levels"]}
+    steps = sorted({step for step, _ in shares})
+    levels = list(dict.fromkeys(level for _, level in shares))
+    levels = [level for level in levels if level != "all"] or ["all"]
+    levels.sort(key=lambda level: (str(type(level)), level))
+    cells = [[shares.get((step, level), math.nan) for step in steps] for level in levels]
+
+    figure, (above, below) = pyplot.subplots(
+        2,
+        1,
+        sharex=True,
+        layout="constrained",
+        figsize=(7.5, 2.2 + 0.32 * min(len(levels), 20)),
+        height_ratios=[max(1.0, 0.45 * min(len(levels), 20)), 1.0],
+    )
+    colors = matplotlib.colors.LinearSegmentedColormap.from_list("gate", GATE_COLORS)
+    edges = [steps[0] - 0.5, steps[-1] + 0.5, -0.5, len(levels) - 0.5]
+    image = above.imshow(
+        cells,
+        cmap=colors,
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        origin="lower",
+        extent=edges,
+        interpolation="nearest",
+    )
+    above.set_yticks(range(len(levels)), [str(level)[:20] for level in levels], fontsize=9)
+    above.set_ylabel("level", fontsize=10)
+    above.set_title("what the prompts of a level train on (white: none was drawn)", fontsize=11)
+    bar = figure.colorbar(image, ax=above, ticks=[0, 0.5, 1], pad=0.01)
+    bar.set_ticklabels(["rollouts", "half", "demonstration"])
+    below.plot(*zip(*offline_ratio), color=COLORS[0], linewidth=1.6)
+    below.set_title("share of demonstrations among all sequences (offline ratio)", fontsize=11)
+    below.set_ylim(-0.02, 1.02)
+    below.set_xlabel("step", fontsize=10)
+    below.tick_params(labelsize=9)
+    below.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def _style(i):

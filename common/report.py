@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from common import curves, metrics
+from common import metrics
 from common.distributed import rank, world_size
 
 # --------------------------------------------------------------------------------------- statistics
@@ -219,7 +219,7 @@ def markdown_table(rows: list[list]) -> list[str]:
 
 # ------------------------------------------------------------------------------------ training runs
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")  # each line has a "step"
+LOGS = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl", "gate.jsonl")  # each line has a "step"
 
 
 def open_run(args) -> Path:
@@ -370,51 +370,17 @@ def log_samples(out: Path, step: int, prompts: list, count: int = 3) -> None:
     append_jsonl(out / "samples.jsonl", rows)
 
 
-def closing_table(out: Path, args) -> None:
-    """Print on rank 0 what the run has reached and where its files are; draw curves.png.
+def log_gate(out: Path, step: int, prompts: list) -> None:
+    """Append what the gate decided to gate.jsonl, level by level (rank 0).
 
-    Everything is read from the run's directory, so a resumed run reports on all of its steps.
+    prompts: list of train_hpt.Prompt. A level is [its name, prompts of the step, the mean of their
+    beta], which with HPT's gate is the share that trains on demonstrations.
     """
-    if os.environ.get("RANK", "0") != "0":  # the process group, and rank() with it, has ended
+    if rank() != 0:
         return
-    try:
-        if (out / "held_out.jsonl").exists():
-            say(before_and_after(read_results(out / "held_out.jsonl"), args.temperature))
-        curves.plot({out.name: [read_metrics(out)]}, out / "curves.png")
-    except (Exception, SystemExit) as error:  # the model is saved: the run has ended well
-        say(f"warning: the closing table or curves.png is left out: {error}")
-    say(f"\nwritten to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-
-
-def before_and_after(rows: list[dict], temperature: float) -> str:
-    """Return the table and the sentence on held-out accuracy; rows have the "step" of each."""
-    before = [row for row in rows if row["step"] == 0]
-    after = [row for row in rows if row["step"] == rows[-1]["step"]]
-    if [row["prompt"] for row in before] != [row["prompt"] for row in after]:
-        return "\nThe held-out problems have changed since step 0, so there is no table."
-    table = "\n".join(markdown_table(accuracy_rows(before, after)))
-    title = f"held-out accuracy at temperature {temperature:g}, ± one standard error:"
-    return f"\n{title}\n{table}\n\n{accuracy_sentence(before, after)}"
-
-
-def accuracy_rows(before: list[dict], after: list[dict]) -> list[list]:
-    """Return the head and the rows of the held-out accuracies before and after, level by level."""
-    rows, at_the_end = [["level", "problems", "before, %", "after, %"]], by_level(after)
-    for level, results in by_level(before).items():
-        scores = [mean_pass_at_k(part, 1).percent() for part in (results, at_the_end[level])]
-        rows.append([level, len(results), *scores])
-    return rows
-
-
-def accuracy_sentence(before: list[dict], after: list[dict]) -> str:
-    """Return what became of the held-out accuracy; a change within two errors is not called one.
-
-    Both evaluations are of the same problems, so the change has the error of the differences.
-    """
-    numbers = compare_results(after, before)
-    change = numbers["difference"]
-    verb = "rose" if change.mean > 0 else "fell"
-    if not abs(change.mean) > 2 * change.error:  # this is so, too, if the error is nan
-        verb = "did not clearly change: it went"
-    first, last = numbers["b"].percent(), numbers["a"].percent()
-    return f"Held-out accuracy {verb} from {first} % to {last} %."
+    rows = [{"level": prompt.problem.get("level"), "beta": prompt.beta} for prompt in prompts]
+    levels = [
+        [level, len(of_level), statistics.fmean(row["beta"] for row in of_level)]
+        for level, of_level in by_level(rows).items()
+    ]
+    append_jsonl(out / "gate.jsonl", [{"step": step, "levels": levels}])

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from common import curves, metrics, report
+from common import closing, curves, metrics, report
 from tools import plot
 
 ROOT = report.REPOSITORY
@@ -317,10 +317,10 @@ def test_the_closing_table_compares_the_first_and_the_last_evaluation(
         results = [result(c, level=level) for c, level in zip(correct, (1, 1, 2), strict=True)]
         report.write_results(tmp_path / "held_out.jsonl", results, step=step)
     monkeypatch.setenv("RANK", "1")
-    report.closing_table(tmp_path, flags_of_a_run())
+    closing.closing_report(tmp_path, flags_of_a_run())
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("RANK", "0")
-    report.closing_table(tmp_path, flags_of_a_run())
+    closing.closing_report(tmp_path, flags_of_a_run())
     assert capsys.readouterr().out == (
         "\nheld-out accuracy at temperature 1, ± one standard error:\n"
         "| level | problems |   before, % |    after, % |\n"
@@ -331,17 +331,34 @@ def test_the_closing_table_compares_the_first_and_the_last_evaluation(
         "\n"
         "Held-out accuracy did not clearly change: it went from 50.0 ± 28.9 % to 83.3 ± 16.7 %.\n"
         "\n"
+        "held-out questions, and the first response to each before and after:\n"
+        + 3
+        * "  q\n    before: r\n    after:  r\n"
+        + "\n"
         f"written to {tmp_path}: curves.png, held_out.jsonl, metrics.jsonl\n"
     )
     assert (tmp_path / "curves.png").read_bytes()[:8] == PNG
+
+
+def test_held_out_questions_are_shown_with_an_answer_before_and_after_on_a_line_each():
+    def rows(text):
+        return [result(1, prompt=f"q{i}\n") | {"responses": [f"{text} {i}", "?"]} for i in range(7)]
+
+    before, after = rows("\x1b[31m " + 60 * "so " + "\\boxed{}"), rows("\tnow")
+    title, *lines = closing.answers(before, after).strip().split("\n")
+    assert lines[::3] == ["  q0", "  q3", "  q6"]
+    assert lines[2::3] == ["    after:  now 0", "    after:  now 3", "    after:  now 6"]
+    assert all(len(line) <= 100 and line.isprintable() for line in lines)
+    assert lines[1].startswith("    before: ") and lines[1].endswith(" so so \\boxed{} 0")
+    assert len(closing.answers(before[:1], after[:1]).strip().split("\n")) == 4
 
 
 @pytest.mark.parametrize(
     "damage, sentence",
     [
         ("other problems", "The held-out problems have changed since step 0"),
-        ("half a line in the middle", "warning: the closing table or curves.png is left out"),
-        ("no metrics", "warning: the closing table or curves.png is left out"),
+        ("half a line in the middle", "warning: the closing table or a picture is left out"),
+        ("no metrics", "warning: the closing table or a picture is left out"),
     ],
 )
 def test_the_last_thing_of_a_run_never_fails_it(tmp_path, capsys, damage, sentence):
@@ -354,7 +371,7 @@ def test_the_last_thing_of_a_run_never_fails_it(tmp_path, capsys, damage, senten
             file.write('{"step": 3\n{"step": 6}\n')
     if damage == "no metrics":
         (tmp_path / "metrics.jsonl").unlink()
-    report.closing_table(tmp_path, flags_of_a_run())
+    closing.closing_report(tmp_path, flags_of_a_run())
     out = capsys.readouterr().out
     assert sentence in out and f"written to {tmp_path}" in out
 
@@ -378,7 +395,7 @@ def test_a_run_goes_on_without_its_console(tmp_path):
     ],
 )
 def test_a_change_is_called_one_if_it_is_more_than_two_of_its_errors(before, after, verb):
-    sentence = report.accuracy_sentence([result(c) for c in before], [result(c) for c in after])
+    sentence = closing.accuracy_sentence([result(c) for c in before], [result(c) for c in after])
     assert sentence.startswith(f"Held-out accuracy {verb} from ")
 
 
@@ -414,3 +431,32 @@ def test_plot_draws_the_metrics_that_runs_have_and_names_runs(tmp_path, monkeypa
     assert named == [["a"], [str(tmp_path / "x/a"), str(tmp_path / "y/a")]]
     original({"a": [report.read_metrics(tmp_path / "x/a")]}, tmp_path / "a.png")
     assert drawn == ["sft/nll"] and (tmp_path / "a.png").read_bytes()[:8] == PNG
+
+
+def test_the_gates_picture_has_a_row_per_level_and_a_column_per_step(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    def prompt(level, beta):
+        return SimpleNamespace(problem={"level": level} if level else {}, beta=beta)
+
+    report.log_gate(tmp_path, 1, [prompt(10, 1.0), prompt(2, 0.0), prompt(10, 0.0)])
+    report.log_gate(tmp_path, 2, [prompt(2, 0.25)])
+    rows = report.read_jsonl(tmp_path / "gate.jsonl")
+    assert rows[0] == {"step": 1, "levels": [[2, 1, 0.0], [10, 2, 0.5], ["all", 3, 1 / 3]]}
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    path = tmp_path / "gate.png"
+    curves.plot_gate(rows, [(1, 0.4), (2, 0.1)], path)
+    above, below, _ = drawn[0].axes
+    assert path.read_bytes()[:8] == PNG
+    assert [tick.get_text() for tick in above.get_yticklabels()] == ["2", "10"]
+    cells = above.images[0].get_array()
+    assert cells.filled(-1).tolist() == [[0.0, 0.25], [0.5, -1]]
+    assert below.lines[0].get_ydata().tolist() == [0.4, 0.1]
+
+    report.log_gate(tmp_path, 3, [prompt(None, 1.0)])
+    curves.plot_gate(report.read_jsonl(tmp_path / "gate.jsonl")[2:], [(3, 1.0)], path)
+    assert [tick.get_text() for tick in drawn[1].axes[0].get_yticklabels()] == ["all"]
+    monkeypatch.undo()
+    pyplot.close("all")

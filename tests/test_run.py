@@ -57,7 +57,8 @@ def test_other_libraries_say_nothing(toy_run):
 def test_a_run_writes_what_it_was_asked(toy_run):
     config = json.loads((toy_run.out / "config.json").read_text())
     assert config["flags"]["steps"] == 6 and config["versions"]["torch"]
-    assert (toy_run.out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for name in ("curves.png", "gate.png"):
+        assert (toy_run.out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_checkpoints_are_plain_models_that_training_has_moved(toy_run):
