@@ -87,8 +87,8 @@ LONGER_SUMS = {
     "HPT, DFT": Arm(f"--method hpt_dft {HPT} --sft-coef 0.005"),
     "HPT, OFF/ON": Arm(f"--method hpt_off {HPT}"),
 }
-# SFT with the schedule, at the best of 5e-5, 1e-4 and 2e-4 on seed 3, which is not reported; RL after
-# it at 1e-5, since it collapses at 5e-5. c_sft is by the rule of docs/faq.md.
+# SFT has the best of 5e-5, 1e-4 and 2e-4 on seed 3, which is not reported. RL after it has 1e-5: it
+# collapses at 5e-5. c_sft is by the rule of docs/faq.md.
 SFT_LM = "--method sft --lr-schedule cosine --lr 1e-4"
 RL_LM = "--steps 10 --lr 1e-5"
 WORD_PROBLEMS = {
