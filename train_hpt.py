@@ -339,7 +339,7 @@ def set_old_policy(m: MicroBatch, logp: torch.Tensor, pi_old: str, counts) -> No
 def update(policy, critic, micro_batches, updates_before: int, args, counts) -> None:
     """One optimizer step of the policy, and of PPO's critic, on one mini-batch.
 
-    If all advantages of the mini-batch are 0, so is the gradient, and AdamW still moves the weights
+    If nothing in the mini-batch has a signal, the gradient is 0, and AdamW still moves the weights
     by its momentum and its weight decay.
     """
     factor = lr_factor(updates_before, args)
@@ -459,7 +459,7 @@ def start(args, method: Method, inputs: Inputs):
         max_prompt_tokens=args.max_prompt_tokens,
         end_token_ids=inputs.end_token_ids,
         config_overrides=model.overrides_of(args),
-        gpu_memory_utilization=args.gpu_memory_utilization or memory.utilization,
+        gpu_memory_utilization=memory.utilization,
         max_num_seqs=memory.concurrent,
     )
     sampler.sleep()

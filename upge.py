@@ -149,7 +149,7 @@ LOG_REF = {  # log pi_ref
 }
 SCALE = {  # a factor of A that depends on pi_theta
     "": lambda t: torch.ones_like(t.logp),
-    # SRFT, arXiv 2506.19767. Deviation: its own code has e^H where HPT's authors ran e^-H.
+    # SRFT, arXiv 2506.19767. Deviation: e^-H, as HPT's authors ran it; SRFT's own code has e^H.
     "0.1e^H if A>0": lambda t: torch.where(
         t.advantage > 0, 0.1 * t.mean(t.need("entropy")).exp(), 1.0
     ),

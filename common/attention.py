@@ -1,7 +1,8 @@
 """Attention over sequences that stand one after the other in one row, without padding.
 
 transformers lets a program register an attention function of its own. This one calls torch's
-attention sequence by sequence, so that no token sees another sequence, and no padding is computed.
+attention for one sequence at a time, or for neighbours of one length, so that no token sees another
+sequence, and no padding is computed.
 """
 
 from itertools import groupby
@@ -34,7 +35,8 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    packed_lengths: Lengths | None = None,
+    *,
+    packed_lengths: Lengths,
     **unused,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence; called by transformers.

@@ -6,7 +6,7 @@ from pathlib import Path
 PANELS = {  # metric -> title of its panel; a panel that no run has is left out
     "reward/mean": "reward on training prompts",
     "hpt/sft_frac": "share of gated prompts",
-    "hpt/offline_ratio": "offline ratio K / (n(N-K)+K)",
+    "hpt/offline_ratio": "offline ratio",
     "policy/entropy": "entropy per token, nats",
     "response_length/mean": "response length, tokens",
     "sft/nll": "NLL of the demonstrations trained on",
@@ -106,13 +106,18 @@ def plot_gate(rows: list[dict], offline_ratio: list[tuple], path: str | Path) ->
         extent=edges,
         interpolation="nearest",
     )
-    above.set_yticks(range(len(levels)), [str(level)[:20] for level in levels], fontsize=9)
+    every = math.ceil(len(levels) / 30)  # more labels would overlap
+    names = [str(level)[:20] for level in levels[::every]]
+    above.set_yticks(range(0, len(levels), every), names, fontsize=9, parse_math=False)
     above.set_ylabel("level", fontsize=10)
     above.set_title("what the prompts of a level train on (white: none was drawn)", fontsize=11)
     bar = figure.colorbar(image, ax=above, ticks=[0, 0.5, 1], pad=0.01)
     bar.set_ticklabels(["rollouts", "half", "demonstration"])
-    below.plot(*zip(*offline_ratio), color=COLORS[0], linewidth=1.6)
-    below.set_title("share of demonstrations among all sequences (offline ratio)", fontsize=11)
+    marker = "o" if len(offline_ratio) < 12 else None
+    below.plot(*zip(*offline_ratio), color=COLORS[0], linewidth=1.6, marker=marker, markersize=3)
+    below.set_title(
+        "share of demonstrations among the sequences trained on (offline ratio)", fontsize=11
+    )
     below.set_ylim(-0.02, 1.02)
     below.set_xlabel("step", fontsize=10)
     below.tick_params(labelsize=9)

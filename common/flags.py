@@ -167,7 +167,7 @@ def training_parser() -> Parser:
     add("--gamma", type=SHARE, default=0.0, metavar="X", help=about)
     # In the authors' code the weight of a demonstration depends on the micro-batches. It lies
     # between 0.02 and 0.11, where the rollouts of a prompt weigh 1.
-    about = "c_sft, weight of SFT in HPT (0.05); Eq. 13 as it is: 1"
+    about = "c_sft, weight of SFT in HPT (0.05); a rule: docs/faq.md"
     add("--sft-coef", type=POSITIVE_OR_0, default=0.05, metavar="X", help=about)
     about = "epsilon of the clip; inf: no clip (the row's own)"
     add("--clip-eps", type=POSITIVE, metavar="X", help=about)
@@ -218,7 +218,7 @@ def add_optimisation_flags(add) -> None:
     add("--weight-decay", type=POSITIVE_OR_0, default=0.01, metavar="X", help="of AdamW (0.01)")
     about = "clip gradients to this norm; inf: no clip (1)"
     add("--max-grad-norm", type=POSITIVE, default=1.0, metavar="X", help=about)
-    about = "compute activations twice, a third more time; auto: if memory asks for it (auto)"
+    about = "compute activations twice, a quarter more time; auto: if memory asks for it (auto)"
     add("--gradient-checkpointing", choices=["auto", "on", "off"], default="auto", help=about)
     about = "keep weights, gradients and moments in the host's memory: for small GPUs, slower (no)"
     add("--offload", action="store_true", help=about)

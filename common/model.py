@@ -206,9 +206,8 @@ class Network(torch.nn.Module):
         """
         for name, parameter in self.lm.named_parameters(remove_duplicate=False):
             device = parameter.device_mesh.device_type  # with --offload, the parameter is not there
-            dtype = (
-                torch.bfloat16 if device == "cuda" else torch.float32
-            )  # half the bytes to gather
+            # On a GPU half the bytes are gathered.
+            dtype = torch.bfloat16 if device == "cuda" else torch.float32
             yield name, parameter.detach().to(device, dtype).full_tensor()
 
     def save(self, directory: Path, tokenizer, end_token_ids: list[int]) -> None:
@@ -361,8 +360,9 @@ def shard(network: Network, args, device, checkpointing: bool) -> Network:
 def compile_blocks(blocks: list, **settings) -> None:
     """Let torch.compile fuse what a block computes around its attention; settings are its own.
 
-    One set of graphs serves all blocks and all numbers of tokens. It comes before FSDP, which must
-    gather a block's weights before the compiled function runs.
+    One set of graphs serves all blocks and all numbers of tokens, if sequences are packed: other
+    models are not compiled. It comes before FSDP, which must gather a block's weights before the
+    compiled function runs.
     """
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=True, **settings)

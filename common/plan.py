@@ -6,6 +6,7 @@ checkpoints gradients. docs/gpu.md holds its figures for models of 1.5 to 32 bil
 """
 
 import dataclasses
+import math
 import os
 
 import torch
@@ -30,9 +31,10 @@ class MemoryPlan:
     device: float  # memory of a rank's device
     resident: float  # weights and Adam's moments: always there
     offloaded: float  # what --offload keeps in the host's memory
+    host: float  # a rank's share of this host's memory; inf for the GPUs of --plan GB
     peak: float  # what a rank's device holds while the trainer works
     checkpointing: bool  # whether the trainer checkpoints gradients
-    utilization: float  # the engine's share of the GPU, the default of --gpu-memory-utilization
+    utilization: float  # the engine's share of the GPU: --gpu-memory-utilization, or what is free
     cache_tokens: int  # whose keys and values the engine's cache holds beside the trainer
     concurrent: int  # how many responses the engine should compute at a time
     longest: int  # prompt and response tokens
@@ -65,6 +67,11 @@ class MemoryPlan:
             found.append(
                 "the peak of training is above the memory: use more ranks, --offload or a lower "
                 "--tokens-per-microbatch, or choose a smaller model"
+            )
+        if self.offloaded > USABLE * self.host:
+            found.append(
+                f"the host has {self.host / GB:.1f} GB per rank, too little for --offload: use "
+                "more machines, or choose a smaller model"
             )
         if self.has_gpu and self.cache_tokens < self.longest:
             found.append(
@@ -99,13 +106,12 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     """
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     has_gpu = bool(gpu_gigabytes) or torch.cuda.is_available()
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpu_gigabytes:
-        device = gpu_gigabytes * GB
-    elif has_gpu:
-        device = torch.cuda.get_device_properties(0).total_memory
+        device, host = gpu_gigabytes * GB, math.inf
     else:
-        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        device = host / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        device = torch.cuda.get_device_properties(0).total_memory if has_gpu else host
     number = 2 if has_gpu else 4  # bytes of a number in which trainer and engine compute
     longest = args.max_prompt_tokens + args.max_response_tokens
 
@@ -124,6 +130,8 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     if has_gpu:
         beside = CONTEXT + ENGINE_ASLEEP
         free = max(0.0, USABLE * device - CONTEXT - resident)  # for the engine while it is awake
+        if args.gpu_memory_utilization:
+            free = args.gpu_memory_utilization * device
         cache = max(0.0, free - weights - engine_workspace(text, longest))
         cache_tokens = int(cache * args.tensor_parallel / cache_per_token)
         # Responses are on average at half of their length.
@@ -145,6 +153,7 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
         device,
         resident,
         offloaded,
+        host,
         peak_of(checkpointing),
         checkpointing,
         utilization=max(0.05, int(100 * free / device) / 100),
@@ -181,7 +190,9 @@ def training_bytes(args, text, block: int, outside: int, number: int, checkpoint
     activations = text.num_hidden_layers * inside_a_block
     if checkpointing:
         activations = text.num_hidden_layers * tokens * width * number + inside_a_block
-    copies = 5 if args.entropy_coef else 3  # in float32: logits, exponentials, gradient, ...
+    copies = (
+        5 if args.entropy_coef or args.method == "srft" else 3
+    )  # in float32: logits, exponentials, gradient, ...
     logits = copies * CHUNK * text.vocab_size * 4
     logits += 2 * text.vocab_size * width * 4  # the output layer's gradient: a chunk's and the sum
     gathered = (2 * block + outside) * number  # FSDP holds a block, fetches the next

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # What to run on a machine with one GPU, in a quarter of an hour and in the order of worth: from the
-# repository, `bash tests/on_a_gpu.sh OUT`. Each part has a time limit of its own, so that one that
+# repository, `bash tests/on_a_gpu.sh OUT`, OUT being new. Each part has a time limit of its own, so that one that
 # fails or hangs does not cost the others; what it prints is in OUT/PART.log. On a machine without a
 # GPU, `SHAPE=toy LENGTH=64 bash tests/on_a_gpu.sh OUT` tries the script itself.
 set -u
 OUT=$(realpath -m "${1:?the directory for the results}")
+[ ! -e "$OUT" ] || { echo "$OUT exists already: name another directory"; exit 2; }
 SHAPE=${SHAPE:-qwen2.5-1.5b} LENGTH=${LENGTH:-8128}
-export PYTHONUNBUFFERED=1 PYTHONPATH="$OUT:${PYTHONPATH:-}"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$OUT:$PWD:${PYTHONPATH:-}"
 mkdir -p "$OUT"
 nvidia-smi > "$OUT/gpu.txt" 2>&1
 

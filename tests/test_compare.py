@@ -80,6 +80,19 @@ def test_the_interval_has_the_spread_of_seeds_and_of_problems():
     assert np.ptp(compare.bootstrap(np.full((3, 4), 0.5))) == 0
 
 
+def test_the_norms_of_the_probes_by_hand():
+    def probe(step, rl, sft):
+        return {"probe/rl_norm": [(step, rl)], "probe/sft_norm": [(step, sft)]}
+
+    both = {name: probe(1, 1.0, 2.0)[name] + probe(2, 3.0, 4.0)[name] for name in probe(1, 1, 1)}
+    both["probe/sft_norm"].insert(0, (0, 9.0))  # no rollout had a signal in this step
+    assert compare.norm_row("HPT", [both, probe(5, 5.0, 6.0), {}]) == [
+        *("HPT", "3.0000", "4.0000"),
+        *("3.0000", "4.0000"),
+    ]
+    assert compare.norm_row("SFT", [{}]) == []
+
+
 def test_without_a_finished_run_there_is_no_report(folder):
     with pytest.raises(SystemExit, match=r"error: no run in .* is finished"):
         compare.main(["--report", "--only", "HPT", "--out", str(folder)])
@@ -139,10 +152,10 @@ def test_flags_of_an_arm_come_after_those_of_the_task_and_of_the_recipe():
     assert (parsed("toy", "HPT").steps, parsed("toy", "HPT").lr) == (30, 1e-4)
     assert parsed("toy", "HPT, gamma 1/8", "--steps", "3").steps == 3
     assert parsed("toy", "SFT -> GRPO").model == "/no/such folder/sft-seed2/final"
-    words = ("word-problems", "GRPO, warm", "--model", "mine")
-    assert parsed(*words).model == "/no/such folder/sft-a-few-steps-seed2/final"
-    assert parsed("word-problems", "HPT, c_sft 0.3", *words[2:]).model == "mine"
-    assert parsed("word-problems", "HPT, warm, lr 1e-5").lr == 1e-5
+    words = ("word-problems", "SFT 10 -> HPT 10", "--model", "mine")
+    assert parsed(*words).model == "/no/such folder/sft-10-steps-seed2/final"
+    assert parsed("word-problems", "HPT", *words[2:]).model == "mine"
+    assert (parsed(*words).lr, parsed("word-problems", "HPT").lr) == (1e-5, 5e-5)
     assert parsed("longer-sums", "HPT").data == "/no/such folder/train.jsonl"
 
 

@@ -54,7 +54,7 @@ TOY = {
     "HPT, Mix/ON": Arm("--method hpt_mix"),
     "HPT, OFF/ON": Arm("--method hpt_off"),
 }
-# SFT, RL and HPT at four learning rates, to choose one for each in LONGER_SUMS. This ran with
+# SFT, RL and HPT at several learning rates, to choose one for each in LONGER_SUMS. This ran with
 # `--seeds 3`, a seed that LONGER_SUMS has not.
 SFT = "--method sft --lr-schedule cosine"  # and a warm-up of a tenth, as arXiv 2604.23747 has it
 LEARNING_RATES = {
@@ -66,15 +66,15 @@ LEARNING_RATES = {
     }.items()
     for lr in ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 }
-SFT += " --lr 3e-3"
+BEST_SFT = f"{SFT} --lr 3e-3"
 RL = "--method dr_grpo --lr 1e-4"
 HPT = "--lr 1e-4 --probe-gradients 10"
 LONGER_SUMS = {
-    "SFT": Arm(f"{SFT} --warmup-steps 16"),
+    "SFT": Arm(f"{BEST_SFT} --warmup-steps 16"),
     "Dr. GRPO": Arm(RL),
-    "SFT, 10 steps": Arm(f"{SFT} --steps 10 --warmup-steps 2"),
-    "SFT, 20 steps": Arm(f"{SFT} --steps 20 --warmup-steps 4"),
-    "SFT, 40 steps": Arm(f"{SFT} --steps 40 --warmup-steps 8"),
+    "SFT, 10 steps": Arm(f"{BEST_SFT} --steps 10 --warmup-steps 2"),
+    "SFT, 20 steps": Arm(f"{BEST_SFT} --steps 20 --warmup-steps 4"),
+    "SFT, 40 steps": Arm(f"{BEST_SFT} --steps 40 --warmup-steps 8"),
     "SFT 10 -> Dr. GRPO 70": Arm(f"{RL} --steps 70", parent="SFT, 10 steps"),
     "SFT 20 -> Dr. GRPO 60": Arm(f"{RL} --steps 60", parent="SFT, 20 steps"),
     "SFT 40 -> Dr. GRPO 40": Arm(f"{RL} --steps 40", parent="SFT, 40 steps"),
@@ -167,14 +167,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help=about)
     add("--steps", type=int, metavar="N", help="rollout steps of every run (the arm's own)")
     add("--out", metavar="DIR", help="output directory (runs/compare-TASK)")
-    about = "the arm with which every other is compared, problem by problem (HPT)"
-    add("--against", default="HPT", metavar="ARM", help=about)
+    about = "the arm with which every other is compared, problem by problem (HPT, if it is there)"
+    add("--against", metavar="ARM", help=about)
     add("--report", action="store_true", help="train nothing; report on the finished runs")
     args = parser.parse_args(argv)
     args.only = args.only or list(TASKS[args.task].arms)
-    for label in args.only:
+    for label in [*args.only, *filter(None, [args.against])]:
         if label not in TASKS[args.task].arms:
-            parser.error(f"--only {label!r} is no arm of {args.task}; --help lists them")
+            parser.error(f"{label!r} is no arm of {args.task}; --help lists them")
+    args.against = args.against or "HPT"
     return args
 
 
@@ -241,15 +242,19 @@ def write_report(
         raise SystemExit(f"error: no run in {folder} is finished")
     head = ["arm", "seeds", "steps", "before, %", "after, %", "gated at the end"]
     head += ["reward at the end", "demonstration tokens", "sampled tokens, M", "trained tokens, M"]
-    costs = [[*head, "FLOPs per parameter, M", "training, s"]]
+    arm_rows = [[*head, "FLOPs per parameter, M", "training, s"]]
     for label, of_arm in runs.items():
         parents = runs.get(arms[label].parent, {})
-        costs.append(table_row(label, of_arm, parents))
+        arm_rows.append(table_row(label, of_arm, parents))
     levels = [["held out, % at level", *report.by_level(next(iter(results[label].values())))]]
     for label, of_arm in results.items():
         accuracies = [report.by_level(of_run).values() for of_run in of_arm.values()]
         levels.append([label, *map(over_seeds, map(list, zip(*map(percents, accuracies))))])
-    tables = [costs, levels]
+    tables = [arm_rows, levels]
+    norms = [norm_row(label, list(of_arm.values())) for label, of_arm in runs.items()]
+    if any(norms):
+        head = ["gradient norm, c_sft included", "RL, first probe", "SFT, first probe"]
+        tables.append([[*head, "RL, mean", "SFT, mean"], *filter(None, norms)])
     if against in results:
         tables.append(difference_rows(results, against))
     text = "\n\n".join("\n".join(report.markdown_table(rows)) for rows in tables)
@@ -285,6 +290,23 @@ def table_row(label: str, runs: dict[int, dict], parents: dict[int, dict]) -> li
     row.append(f"{means['demonstrations']:,.0f}")
     row += [f"{count / 1e6:.2f}" for count in (means["sampled"], means["trained"])]
     return [*row, f"{flops / 1e6:.1f}", f"{means['seconds']:,.0f}"]
+
+
+def norm_row(label: str, runs: list[dict]) -> list:
+    """Return the cells of an arm with --probe-gradients; [] without it.
+
+    They are means over the runs' first probes, and over all probes. One that lacks one of the two
+    parts is left out.
+    """
+    firsts, all_probes = [], []
+    for measured in runs:
+        rl, sft = (dict(measured.get(f"probe/{part}_norm", [])) for part in ("rl", "sft"))
+        probes = [(rl[step], sft[step]) for step in sorted(rl.keys() & sft.keys())]
+        firsts += probes[:1]
+        all_probes += probes
+    if not firsts:
+        return []
+    return [label, *(f"{np.mean(column):.4f}" for x in (firsts, all_probes) for column in zip(*x))]
 
 
 def costs(metrics: dict[str, list]) -> dict[str, float]:
