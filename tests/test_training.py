@@ -473,7 +473,7 @@ def run_main(rank, folder):
             mock.patch("reward.Verifier", EndVerifier),
             mock.patch("train_hpt.load_inputs", made_up_inputs),
             mock.patch("common.distributed.init_process_group", start),
-            mock.patch("common.report.closing_table"),
+            mock.patch("train_hpt.closing_report"),
         ):
             train_hpt.main(args_of(name, folder / "base", folder / name))
         dist.destroy_process_group()
