@@ -156,10 +156,10 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
         host,
         peak_of(checkpointing),
         checkpointing,
-        utilization=max(0.05, int(100 * free / device) / 100),
-        cache_tokens=cache_tokens,
-        concurrent=concurrent,
-        longest=longest,
+        args.gpu_memory_utilization or max(0.05, int(100 * free / device) / 100),
+        cache_tokens,
+        concurrent,
+        longest,
     )
 
 
@@ -190,9 +190,8 @@ def training_bytes(args, text, block: int, outside: int, number: int, checkpoint
     activations = text.num_hidden_layers * inside_a_block
     if checkpointing:
         activations = text.num_hidden_layers * tokens * width * number + inside_a_block
-    copies = (
-        5 if args.entropy_coef or args.method == "srft" else 3
-    )  # in float32: logits, exponentials, gradient, ...
+    has_entropy = args.entropy_coef or args.method == "srft"
+    copies = 5 if has_entropy else 3  # in float32: logits, exponentials, gradient, ...
     logits = copies * CHUNK * text.vocab_size * 4
     logits += 2 * text.vocab_size * width * 4  # the output layer's gradient: a chunk's and the sum
     gathered = (2 * block + outside) * number  # FSDP holds a block, fetches the next

@@ -1,5 +1,7 @@
 """The memory plan: against numbers worked out by hand, and what it says of what does not fit."""
 
+import dataclasses
+
 import pytest
 from transformers import Qwen2Config
 
@@ -74,6 +76,14 @@ def test_offload_keeps_16_bytes_per_parameter_on_the_host(monkeypatch):
     assert there.offloaded == pytest.approx(16 * 7.616e9, rel=1e-3)
     assert here.problems() != [] and there.problems() == []
     assert any("the host holds 121.8 GB per rank" in line for line in there.lines())
+    [problem] = dataclasses.replace(there, host=64e9).problems()
+    assert problem.startswith("the host has 64.0 GB per rank, too little for --offload")
+
+
+def test_a_share_of_the_gpu_that_is_given_is_the_engines(monkeypatch):
+    given = plan_of("7B", 8, monkeypatch, "--gpu-memory-utilization", "0.57")
+    assert given.utilization == 0.57
+    assert 0 < given.cache_tokens < plan_of("7B", 8, monkeypatch).cache_tokens
 
 
 @pytest.mark.parametrize(
