@@ -64,7 +64,7 @@ LEARNING_RATES = {
         "Dr. GRPO": "--method dr_grpo",
         "HPT": "--method hpt --sft-coef 0.005",
     }.items()
-    for lr in ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
+    for lr in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 }
 BEST_SFT = f"{SFT} --lr 3e-3"
 RL = "--method dr_grpo --lr 1e-4"
