@@ -54,9 +54,8 @@ def packed_attention(
         raise ValueError("this model has an attention mask of its own, which packing would drop")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs, start = [], 0
-    for length, equal in groupby(
-        packed_lengths.tokens
-    ):  # neighbours of one length are computed together
+    # Neighbours of one length are computed together.
+    for length, equal in groupby(packed_lengths.tokens):
         stop = start + length * len(list(equal))
         q, k, v = (  # (sequences, heads, length, d)
             x[0, :, start:stop].unflatten(1, (-1, length)).transpose(0, 1)
