@@ -57,9 +57,9 @@ def test_the_tables_by_hand(folder, capsys):
     text = (folder / "comparison.md").read_text()
     assert text in capsys.readouterr().out
     arms, levels, differences = cells(text)
-    million = ["200", "0.00", "12.00", "72.0", "4"]
+    million = ["200", "0.00", "12.00", "72.00", "4"]
     assert arms[1] == ["SFT", "2", "2", "25.0 ± 0.0", "62.5 ± 17.7", "", "", *million]
-    million = ["200", "3.00", "14.00", "90.0", "6"]
+    million = ["200", "3.00", "14.00", "90.00", "6"]
     assert arms[2] == ["SFT -> GRPO", "1", "1", "50.0", "100.0", "0.25", "0.50", *million]
     assert levels == [
         ["held out, % at level", "1", "2", "all"],
