@@ -54,7 +54,7 @@ def plot(runs: dict[str, list], path: str | Path, panels: dict[str, str] = PANEL
         _draw_panel(axis, name, panels[name], runs)
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
-    figure.legend(
+    legend = figure.legend(
         [pyplot.Line2D([], [], linewidth=2, **_style(i)) for i in range(len(runs))],
         list(runs),
         loc="outside lower center",
@@ -62,6 +62,8 @@ def plot(runs: dict[str, list], path: str | Path, panels: dict[str, str] = PANEL
         fontsize=10,
         frameon=False,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a directory's name may have a "$"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)  # matplotlib keeps open figures in memory
 
@@ -83,7 +85,7 @@ def plot_gate(rows: list[dict], offline_ratio: list[tuple], path: str | Path) ->
     steps = sorted({step for step, _ in shares})
     levels = list(dict.fromkeys(level for _, level in shares))
     levels = [level for level in levels if level != "all"] or ["all"]
-    levels.sort(key=lambda level: (str(type(level)), level))
+    levels.sort(key=lambda level: (isinstance(level, str), level))  # as report.level_order
     cells = [[shares.get((step, level), math.nan) for step in steps] for level in levels]
 
     figure, (above, below) = pyplot.subplots(
@@ -120,6 +122,7 @@ def plot_gate(rows: list[dict], offline_ratio: list[tuple], path: str | Path) ->
     )
     below.set_ylim(-0.02, 1.02)
     below.set_xlabel("step", fontsize=10)
+    below.xaxis.get_major_locator().set_params(integer=True)
     below.tick_params(labelsize=9)
     below.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

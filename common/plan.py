@@ -73,6 +73,11 @@ class MemoryPlan:
                 f"the host has {self.host / GB:.1f} GB per rank, too little for --offload: use "
                 "more machines, or choose a smaller model"
             )
+        if self.has_gpu and self.utilization * self.device + self.resident + CONTEXT > self.device:
+            found.append(
+                f"the engine's {self.utilization:.2f} of the GPU leaves too little for weights and "
+                "moments: lower --gpu-memory-utilization"
+            )
         if self.has_gpu and self.cache_tokens < self.longest:
             found.append(
                 f"the engine's cache is too small for a response of {self.longest:,} tokens: use "

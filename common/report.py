@@ -62,10 +62,14 @@ def mean_pass_at_k(results: list[dict], k: int) -> Score:
 def by_level(results: list[dict]) -> dict:
     """Return {level: its results} in the order of the levels, and all results under "all"."""
     levels = {r["level"] for r in results if r["level"] is not None}
-    # Numbers and strings cannot be compared, so levels are sorted by their type first.
-    ordered = sorted(levels, key=lambda level: (str(type(level)), level))
+    ordered = sorted(levels, key=level_order)
     groups = {level: [r for r in results if r["level"] == level] for level in ordered}
     return groups | {"all": results}
+
+
+def level_order(level) -> tuple:
+    """Return the key by which levels are sorted: numbers come before texts."""
+    return isinstance(level, str), level
 
 
 def summary(results: list[dict]) -> dict:

@@ -82,7 +82,9 @@ def test_offload_keeps_16_bytes_per_parameter_on_the_host(monkeypatch):
 
 def test_a_share_of_the_gpu_that_is_given_is_the_engines(monkeypatch):
     given = plan_of("7B", 8, monkeypatch, "--gpu-memory-utilization", "0.57")
-    assert given.utilization == 0.57
+    assert given.utilization == 0.57 and given.problems() == []
+    [problem] = plan_of("7B", 8, monkeypatch, "--gpu-memory-utilization", "0.9").problems()
+    assert problem.startswith("the engine's 0.90 of the GPU leaves too little")
     assert 0 < given.cache_tokens < plan_of("7B", 8, monkeypatch).cache_tokens
 
 

@@ -57,10 +57,10 @@ def test_standard_error_uses_the_sample_standard_deviation():
 
 
 def test_levels_are_sorted_as_numbers_and_all_comes_last():
-    results = [result(0, level=level) for level in (10, 2, 2, "easy", None)]
+    results = [result(0, level=level) for level in (10, 2, 2, 2.5, "easy", None)]
     groups = report.by_level(results)
-    assert list(groups) == [2, 10, "easy", "all"]
-    assert [len(group) for group in groups.values()] == [2, 1, 1, 5]
+    assert list(groups) == [2, 2.5, 10, "easy", "all"]
+    assert [len(group) for group in groups.values()] == [2, 1, 1, 1, 6]
 
 
 def test_summary_by_hand():

@@ -255,8 +255,9 @@ def write_report(
     if any(norms):
         head = ["gradient norm, c_sft included", "RL, first probe", "SFT, first probe"]
         tables.append([[*head, "RL, mean", "SFT, mean"], *filter(None, norms)])
-    if against in results:
-        tables.append(difference_rows(results, against))
+    differences = difference_rows(results, against) if against in results else []
+    if len(differences) > 1:
+        tables.append(differences)
     text = "\n\n".join("\n".join(report.markdown_table(rows)) for rows in tables)
     (folder / "comparison.md").write_text(text + "\n", encoding="utf-8")
     drawn = {label: list(of_arm.values()) for label, of_arm in runs.items()}
