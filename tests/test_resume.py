@@ -42,7 +42,7 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
     ["train_hpt", "helpers", "torch._dynamo", "transformers.models.qwen2.modeling_qwen2"]
 )
-FILES = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl", "gate.jsonl")
+FILES = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")
 
 
 # ------------------------------------------------------------------------------------ stand-ins
