@@ -16,9 +16,9 @@ LENGTHS = "packed_lengths"  # the keyword under which a model is given the seque
 
 
 class Lengths:
-    """The tokens of each sequence, in an object of which torch.compile looks at the class alone.
+    """The tokens of each sequence, in an object of which torch.compile checks the class alone.
 
-    A list's numbers it would build into its graphs: each new list would be compiled anew.
+    It would build the numbers of a list into its graphs, and compile again for each new list.
     """
 
     def __init__(self, tokens: list[int]):

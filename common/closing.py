@@ -64,9 +64,9 @@ def accuracy_sentence(before: list[dict], after: list[dict]) -> str:
 
 
 def answers(before: list[dict], after: list[dict]) -> str:
-    """Return a few held-out questions, from the first to the last, each with its first responses.
+    """Return a few held-out questions, from the first to the last, with responses to each.
 
-    With one response per line, cut in the middle: the answer stands at the end.
+    Each response has one line. A long one is cut in the middle, since its answer is at the end.
     """
     places = [i * (len(before) - 1) // (SHOWN - 1) for i in range(SHOWN)]
     lines = ["\nheld-out questions, and the first response to each before and after:"]
@@ -79,7 +79,8 @@ def answers(before: list[dict], after: list[dict]) -> str:
 
 def one_line(text, width: int = 88) -> str:
     """Return a text on one line of at most `width` characters, without control characters."""
-    text = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+    text = " ".join(str(text).split())
+    text = "".join(c if c.isprintable() else " " for c in text)
     if len(text) <= width:
         return text
     half = (width - 5) // 2

@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+from common import report
+
 PANELS = {  # metric -> title of its panel; a panel that no run has is left out
     "reward/mean": "reward on training prompts",
     "hpt/sft_frac": "share of gated prompts",
@@ -54,7 +56,7 @@ def plot(runs: dict[str, list], path: str | Path, panels: dict[str, str] = PANEL
         _draw_panel(axis, name, panels[name], runs)
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
-    legend = figure.legend(
+    figure.legend(
         [pyplot.Line2D([], [], linewidth=2, **_style(i)) for i in range(len(runs))],
         list(runs),
         loc="outside lower center",
@@ -62,14 +64,12 @@ def plot(runs: dict[str, list], path: str | Path, panels: dict[str, str] = PANEL
         fontsize=10,
         frameon=False,
     )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a directory's name may have a "$"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)  # matplotlib keeps open figures in memory
 
 
 def plot_gate(rows: list[dict], offline_ratio: list[tuple], path: str | Path) -> None:
-    """Draw where a gate sends the prompts: a row per level, a column per step, the ratio beneath.
+    """Draw what the gate's prompts train on, per level and step, and the offline ratio beneath.
 
     Args:
         rows: those of gate.jsonl, as report.log_gate writes them.
@@ -83,9 +83,7 @@ def plot_gate(rows: list[dict], offline_ratio: list[tuple], path: str | Path) ->
 
     shares = {(row["step"], level): share for row in rows for level, _, share in row["levels"]}
     steps = sorted({step for step, _ in shares})
-    levels = list(dict.fromkeys(level for _, level in shares))
-    levels = [level for level in levels if level != "all"] or ["all"]
-    levels.sort(key=lambda level: (isinstance(level, str), level))  # as report.level_order
+    levels = sorted({level for _, level in shares} - {"all"}, key=report.level_order) or ["all"]
     cells = [[shares.get((step, level), math.nan) for step in steps] for level in levels]
 
     figure, (above, below) = pyplot.subplots(
@@ -108,9 +106,8 @@ def plot_gate(rows: list[dict], offline_ratio: list[tuple], path: str | Path) ->
         extent=edges,
         interpolation="nearest",
     )
-    every = math.ceil(len(levels) / 30)  # more labels would overlap
-    names = [str(level)[:20] for level in levels[::every]]
-    above.set_yticks(range(0, len(levels), every), names, fontsize=9, parse_math=False)
+    names = [str(level)[:20] for level in levels]
+    above.set_yticks(range(len(levels)), names, fontsize=9, parse_math=False)
     above.set_ylabel("level", fontsize=10)
     above.set_title("what the prompts of a level train on (white: none was drawn)", fontsize=11)
     bar = figure.colorbar(image, ax=above, ticks=[0, 0.5, 1], pad=0.01)

@@ -222,7 +222,7 @@ def add_optimisation_flags(add) -> None:
     add("--gradient-checkpointing", choices=["auto", "on", "off"], default="auto", help=about)
     about = "keep weights, gradients and moments in the host's memory: for small GPUs, slower (no)"
     add("--offload", action="store_true", help=about)
-    about = "do not compile the model's blocks on a GPU: it starts faster, and is slower"
+    about = "do not compile the decoder blocks; only a GPU compiles them"
     add("--no-compile", dest="compile", action="store_false", help=about)
 
 

@@ -125,7 +125,8 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     resident, offloaded = networks * 12 * total / ranks, 0.0
     gradients = 4 * total / ranks  # the critic's come after the policy's are cleared
     if args.offload and has_gpu:
-        resident, offloaded, gradients = 0.0, resident + gradients, 0.0
+        offloaded = resident + gradients
+        resident = gradients = 0.0
     text = config.get_text_config()  # of a model that also sees pictures
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -135,15 +136,16 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     if has_gpu:
         beside = CONTEXT + ENGINE_ASLEEP
         free = max(0.0, USABLE * device - CONTEXT - resident)  # for the engine while it is awake
+        utilization = args.gpu_memory_utilization or max(0.05, int(100 * free / device) / 100)
         if args.gpu_memory_utilization:
-            free = args.gpu_memory_utilization * device
+            free = utilization * device
         cache = max(0.0, free - weights - engine_workspace(text, longest))
         cache_tokens = int(cache * args.tensor_parallel / cache_per_token)
         # Responses are on average at half of their length.
         concurrent = min(ENGINE_RESPONSES, max(8, 2 * cache_tokens // longest))
     else:  # the engine never sleeps; VLLM_CPU_KVCACHE_SPACE is vLLM's setting, in GiB
         beside = weights + float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1)) * 2**30
-        free, cache_tokens, concurrent = 0.0, 0, 256  # 256 was fastest
+        utilization, cache_tokens, concurrent = 0.05, 0, 256  # 256 was fastest
 
     def peak_of(checkpointing: bool) -> float:
         """What a rank's device holds while the trainer works."""
@@ -154,25 +156,26 @@ def memory_plan(args, config, has_critic: bool, gpu_gigabytes: float | None = No
     if args.gradient_checkpointing == "auto":
         checkpointing = peak_of(False) > USABLE * device
     return MemoryPlan(
-        has_gpu,
-        device,
-        resident,
-        offloaded,
-        host,
-        peak_of(checkpointing),
-        checkpointing,
-        args.gpu_memory_utilization or max(0.05, int(100 * free / device) / 100),
-        cache_tokens,
-        concurrent,
-        longest,
+        has_gpu=has_gpu,
+        device=device,
+        resident=resident,
+        offloaded=offloaded,
+        host=host,
+        peak=peak_of(checkpointing),
+        checkpointing=checkpointing,
+        utilization=utilization,
+        cache_tokens=cache_tokens,
+        concurrent=concurrent,
+        longest=longest,
     )
 
 
 def engine_workspace(text, longest: int) -> float:
     """What the engine takes on a GPU beside weights and cache. text: the text model's config.
 
-    Per token of a pass the widest part of a block; per response at a time the logits, what becomes
-    of them, the noise and the counts of tokens, each of 4 bytes per word; and CUDA graphs.
+    It holds activations for each token of a pass. For each response that it computes at a time it
+    holds logits, log-probabilities, noise and counts of tokens, with 4 bytes per word of the
+    vocabulary. CUDA graphs come on top.
     """
     width, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
     passed = max(ENGINE_TOKENS, longest) * (4 * width + 3 * inner) * 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What to run on a machine with one GPU, in a quarter of an hour and in the order of worth: from the
+# What to run on a machine with one GPU, in the order of worth, 18 minutes at most: from the
 # repository, `bash tests/on_a_gpu.sh OUT`, OUT being new. Each part has a time limit of its own, so that one that
 # fails or hangs does not cost the others; what it prints is in OUT/PART.log. On a machine without a
 # GPU, `SHAPE=toy LENGTH=64 bash tests/on_a_gpu.sh OUT` tries the script itself.

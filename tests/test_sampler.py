@@ -308,6 +308,7 @@ def test_an_engine_on_a_gpu_sleeps_and_wakes_in_two_halves(settings):
     assert given["calls"] == ["sleep 2", "weights", "reload_weights", "kv_cache", "reset"]
     assert given["dtype"] == "bfloat16" and given["max_model_len"] == 20_000 + MAXIMUM
     assert given["hf_overrides"](SimpleNamespace()).head_dtype == "float32"
+    assert given["max_num_batched_tokens"] == 20_000 + MAXIMUM  # as the plan counts them
 
 
 def test_an_engine_leaves_cudnns_attention_as_it_was(settings):
