@@ -42,7 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import reward
 import train_hpt
-from common import distributed, flags, metrics, model, report
+from common import distributed, flags, metrics, model, plan, report
 from common.batches import Sequence, build_micro_batches
 from upge import METHODS
 
@@ -198,7 +198,7 @@ def measure_update(bench, words: list[str]) -> None:
     tokens = sum(len(s.prompt_ids) + len(s.response_ids) for s in sequences)
 
     lm = random_model(config, torch.bfloat16, device)
-    checkpointing = args.gradient_checkpointing != "off"
+    checkpointing = plan.memory_plan(args, config, False).checkpointing
     policy = model.shard(model.Policy(lm, args.temperature), args, device, checkpointing)
     cut = args.tokens_per_microbatch, args.entropy_coef, device, metrics.Counts()
     micro_batches = build_micro_batches({"dr_grpo": sequences}, *cut)
@@ -213,7 +213,7 @@ def measure_update(bench, words: list[str]) -> None:
 
     sides = {"ours": ours}
     if distributed.world_size() == 1:
-        sides["plain"] = plain_pass(args, config, sequences, device)
+        sides["plain"] = plain_pass(args, config, sequences, device, checkpointing)
     speeds = take_turns(bench.rounds, sides)
     if distributed.rank() == 0:
         title = f"update of {bench.shape}: {len(sequences)} sequences, {tokens:,} tokens"
@@ -243,7 +243,7 @@ def random_model(config, dtype, device):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
 
-def plain_pass(args, config, sequences: list[Sequence], device):
+def plain_pass(args, config, sequences: list[Sequence], device, checkpointing: bool):
     """A function that runs forward and backward as one writes it with transformers; tokens/s.
 
     Sequences of similar lengths share a padded batch of at most --tokens-per-microbatch tokens. It
@@ -251,7 +251,7 @@ def plain_pass(args, config, sequences: list[Sequence], device):
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lm = random_model(config, dtype, device).train()
-    if args.gradient_checkpointing != "off":
+    if checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     texts = [(s.prompt_ids + s.response_ids, len(s.prompt_ids)) for s in sequences]
     texts.sort(key=lambda text: -len(text[0]))
@@ -388,7 +388,8 @@ def trl_steps(bench, words: list[str]) -> list[dict]:
         return scores
 
     with tempfile.TemporaryDirectory() as folder, reward.Verifier(function=args.reward) as verifier:
-        config = grpo_config(args, steps, bench.trl_batch, folder)
+        checkpointing = plan.memory_plan(args, inputs.config, False).checkpointing
+        config = grpo_config(args, steps, bench.trl_batch, folder, checkpointing)
         tokenizer = inputs.tokenizer
         with contextlib.redirect_stdout(io.StringIO()):
             GRPOTrainer(args.model, grade, config, dataset, processing_class=tokenizer).train()
@@ -396,7 +397,7 @@ def trl_steps(bench, words: list[str]) -> list[dict]:
     return [{"seconds": s} | m for s, m in zip(seconds, measured[1:])][1:]  # the first warms up
 
 
-def grpo_config(args, steps: int, batch: int | None, folder: str):
+def grpo_config(args, steps: int, batch: int | None, folder: str, checkpointing: bool):
     """Our settings in TRL's words. batch: sequences per forward pass, by default all of an update.
 
     TRL samples with vLLM on a GPU, else with transformers: on a CPU, vLLM 0.32 repacks its weights,
@@ -426,7 +427,7 @@ def grpo_config(args, steps: int, batch: int | None, folder: str):
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
-        gradient_checkpointing=args.gradient_checkpointing == "on",
+        gradient_checkpointing=checkpointing,
         bf16=has_gpu,
         model_init_kwargs={"dtype": "float32"},
         shuffle_dataset=False,

@@ -172,7 +172,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--report", action="store_true", help="train nothing; report on the finished runs")
     args = parser.parse_args(argv)
     args.only = args.only or list(TASKS[args.task].arms)
-    for label in [*args.only, *filter(None, [args.against])]:
+    named = args.only + ([args.against] if args.against else [])
+    for label in named:
         if label not in TASKS[args.task].arms:
             parser.error(f"{label!r} is no arm of {args.task}; --help lists them")
     args.against = args.against or "HPT"
@@ -307,7 +308,8 @@ def norm_row(label: str, runs: list[dict]) -> list:
         all_probes += probes
     if not firsts:
         return []
-    return [label, *(f"{np.mean(column):.4f}" for x in (firsts, all_probes) for column in zip(*x))]
+    means = [*np.mean(firsts, axis=0), *np.mean(all_probes, axis=0)]  # RL, SFT; RL, SFT
+    return [label, *(f"{mean:.4f}" for mean in means)]
 
 
 def costs(metrics: dict[str, list]) -> dict[str, float]:
