@@ -227,6 +227,32 @@ def test_the_same_graphs_serve_all_blocks_and_all_lengths(ways):
     assert visible[-1] > visible[0]
 
 
+def test_attention_itself_is_not_compiled():
+    assert attention.packed_attention._torchdynamo_disable
+
+
+@pytest.mark.parametrize("device, compiles", [("cuda", True), ("cpu", False)])
+def test_blocks_are_compiled_on_a_gpu_before_they_are_sharded(monkeypatch, device, compiles):
+    """Stand-ins for FSDP: there is no GPU here."""
+    done = []
+    monkeypatch.setattr(model, "compile_blocks", lambda blocks: done.append("compile"))
+    monkeypatch.setattr(model, "fully_shard", lambda network, **_: done.append("shard"))
+    monkeypatch.setattr(dist.device_mesh, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+
+    def shard(compile, can_pack):
+        done.clear()
+        network = Policy(tiny_lm(), 1.0)
+        network.can_pack = can_pack
+        args = SimpleNamespace(offload=False, compile=compile, lr=0.1, weight_decay=0.0)
+        model.shard(network, args, SimpleNamespace(type=device), False)
+        return list(done)
+
+    sharded = ["shard"] * 3  # two blocks, and the rest
+    assert shard(compile=True, can_pack=True) == ["compile"] * compiles + sharded
+    assert shard(compile=False, can_pack=True) == shard(compile=True, can_pack=False) == sharded
+
+
 def test_a_compiled_policy_has_the_gradient_of_the_plain_one(ways):
     gradients, plain = ways["compiled"]["gradients"], ways["plain"]["gradients"]
     assert max(map(error, gradients, plain)) < 1e-5

@@ -56,6 +56,19 @@ def test_the_cache_has_what_trainer_and_engine_leave(share, monkeypatch):
     assert made.utilization * 80e9 + made.resident < 0.95 * 80e9
 
 
+def test_the_peak_of_training_by_hand(monkeypatch):
+    """1.5B on one GPU, 9,216 tokens with gradient checkpointing; every number but 4 is 2 bytes."""
+    words = ["--gradient-checkpointing", "on", "--tokens-per-microbatch", "9216"]
+    made, head = plan_of("1.5B", 1, monkeypatch, *words), 151936 * 1536
+    block = (1.5437e9 - head) / 28  # tied: the output layer is the embedding
+    activations = 9216 * (28 * 1536 + 12 * 1536 + 4 * 8960) * 2
+    logits = 3 * 1024 * 151936 * 4 + 2 * head * 4  # of a chunk; the gradient's chunk and sum
+    fsdp = (2 * block + head) * 2 + 6 * head
+    outside = plan.CONTEXT + plan.ENGINE_ASLEEP
+    wanted = 16 * 1.5437e9 + activations + logits + fsdp + outside
+    assert made.peak == pytest.approx(wanted, rel=1e-3)
+
+
 @pytest.mark.parametrize("tokens, checkpoints", [(9216, False), (32768, True)])
 def test_gradients_are_checkpointed_where_memory_asks_for_it(tokens, checkpoints, monkeypatch):
     """28 layers keep 12 widths and 4 inner widths per token, 1.5 MB; 64 GB are left for them."""

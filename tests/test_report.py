@@ -455,8 +455,10 @@ def test_the_gates_picture_has_a_row_per_level_and_a_column_per_step(tmp_path, m
     assert cells.filled(-1).tolist() == [[0.0, 0.25], [0.5, -1]]
     assert below.lines[0].get_ydata().tolist() == [0.4, 0.1]
 
+    report.cut_logs(tmp_path, 1)
+    assert report.read_jsonl(tmp_path / "gate.jsonl") == rows[:1]
     report.log_gate(tmp_path, 3, [prompt(None, 1.0)])
-    curves.plot_gate(report.read_jsonl(tmp_path / "gate.jsonl")[2:], [(3, 1.0)], path)
+    curves.plot_gate(report.read_jsonl(tmp_path / "gate.jsonl")[1:], [(3, 1.0)], path)
     assert [tick.get_text() for tick in drawn[1].axes[0].get_yticklabels()] == ["all"]
     monkeypatch.undo()
     pyplot.close("all")
